@@ -1,0 +1,64 @@
+# The entry points. Each sets up what is missing first; a second call starts at once.
+SHELL := /bin/bash
+PYTHON = .venv/bin/python
+REFERENCE = .venv-reference/bin/python
+
+.PHONY: help setup demo test lint reference clean
+
+help:
+	@echo "make demo       synthesize songs, train a bass model on them"
+	@echo "make test       all tests (make lint: style)"
+	@echo "make reference  the comparison with torch's openunmix, live (a second environment, 1 GB)"
+	@echo "make setup      only the environment, in .venv"
+
+setup: .venv/installed
+	@command -v ffmpeg >/dev/null && command -v ffprobe >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "Installing ffmpeg"; apt-get update -qq >/dev/null && apt-get install -y -qq ffmpeg >/dev/null; \
+	  else echo "ffmpeg and ffprobe are missing: install ffmpeg (sudo apt-get install ffmpeg)"; exit 1; fi; }
+
+# NNabla has wheels for Python 3.8 to 3.10, NumPy 1.26 for 3.9 and later.
+.venv/installed: requirements.txt requirements-dev.txt
+	@if [ ! -x $(PYTHON) ]; then \
+	  for python in python3.10 python3.9 python python3; do \
+	    if $$python -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 9), (3, 10)))' 2>/dev/null; then \
+	      $$python -m venv .venv && break; fi; done; \
+	  [ -x $(PYTHON) ] || ! command -v uv >/dev/null || uv venv --quiet --seed --python 3.10 .venv; \
+	  [ -x $(PYTHON) ] || { echo "Python 3.10 (or 3.9) is needed, from the system, pyenv or uv"; exit 1; }; fi
+	@echo "Installing packages into .venv"
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+test: setup
+	$(PYTHON) -m pytest -q
+
+lint: setup
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+demo: setup demo/songs
+	$(PYTHON) train.py --context cpu --target bass --root demo/songs --is-wav --output demo/model $(DEMO_OPTIONS)
+
+demo/songs:
+	$(PYTHON) synthesize.py $@
+
+# torch needs an environment of its own; the two exchange .npz files. It is made outside this folder's
+# .python-version, and torchaudio, which openunmix only uses for files, is replaced by tests/reference/torchaudio.py.
+.venv-reference/installed: tests/reference/requirements.txt
+	@cd / && for python in python3.11 python3.12 python3.10 python3; do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
+	    $$python -m venv $(CURDIR)/.venv-reference && break; fi; done; \
+	  [ -x $(CURDIR)/$(REFERENCE) ] || { echo "Python 3.11 is needed for torch"; exit 1; }
+	@echo "Installing torch and openunmix into .venv-reference"
+	@$(REFERENCE) -m pip install --quiet --disable-pip-version-check -r $<
+	@$(REFERENCE) -m pip install --quiet --disable-pip-version-check --no-deps openunmix==1.3.0
+	@touch $@
+
+reference: setup .venv-reference/installed
+	rm -rf build/reference
+	$(PYTHON) synthesize.py build/reference/songs --train 3 --valid 1 --test 0 --duration 8 --quiet
+	$(REFERENCE) tests/reference/make_cases.py build/reference/cases --root build/reference/songs
+	OPENUNMIX_REFERENCE=build/reference/cases $(PYTHON) -m pytest -q tests/test_reference.py
+
+clean:
+	rm -rf .venv .venv-reference build demo

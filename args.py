@@ -1,0 +1,115 @@
+"""Every command line: one parser per script, grouped, one line of help per option."""
+
+import argparse
+
+TARGETS = ("vocals", "drums", "bass", "other")  # the one place that orders the targets
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and which takes options only by their full names."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def number(kind, lower, open_interval=False):
+    """An argparse type: a number of `kind` that is at least (or more than) `lower`."""
+
+    def parse(text):
+        value = kind(text)
+        if not (value > lower if open_interval else value >= lower) or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not {'more than' if open_interval else 'at least'} {lower}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it in "invalid float value"
+    return parse
+
+
+POSITIVE = number(int, 1)
+COUNT = number(int, 0)
+
+
+def add_context_options(parser):
+    group = parser.add_argument_group("device")
+    group.add_argument("--context", choices=("cpu", "cudnn"), help="default: cudnn where it works, else cpu")
+    group.add_argument("--device-id", default="0", help="number of the GPU")
+
+
+def add_musdb_options(parser):
+    group = parser.add_argument_group("MUSDB18")
+    group.add_argument("--root", help="folder with train/ and test/; default: musdb's 7 s excerpts, downloaded")
+    group.add_argument("--is-wav", action="store_true", help="tracks are folders of WAV files, not .stem.mp4")
+    return group
+
+
+def train_parser():
+    parser = Parser(prog="train.py", description="Train Open-Unmix for one target.")
+    parser.add_argument("--target", default="vocals", help="source to learn, or accompaniment, linear_mixture")
+    parser.add_argument("--output", default="open-unmix", help="folder for the model, its log and checkpoint")
+    parser.add_argument("--model", help="folder of a trained model to fine-tune")
+    parser.add_argument("--checkpoint", help="folder (or file) of a checkpoint to resume; --epochs is the total")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_context_options(parser)
+
+    data = add_musdb_options(parser)
+    data.add_argument("--seq-dur", type=float, default=6.0, help="seconds per excerpt; <= 0: whole tracks")
+    data.add_argument("--samples-per-track", type=POSITIVE, default=64, help="excerpts per track and epoch")
+    data.add_argument(
+        "--source-augmentations",
+        nargs="*",
+        default=["gain", "channelswap"],
+        choices=("gain", "channelswap"),
+        help="applied to each source of a training mixture; none if empty",
+    )
+    data.add_argument("--nb-workers", type=COUNT, default=0, help="threads that prepare batches ahead")
+
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--epochs", type=POSITIVE, default=1000, help="number of epochs")
+    recipe.add_argument("--batch-size", type=POSITIVE, default=16, help="excerpts per step")
+    recipe.add_argument("--lr", type=number(float, 0, True), default=0.001, help="learning rate")
+    recipe.add_argument("--patience", type=COUNT, default=140, help="epochs without a better loss before the end")
+    recipe.add_argument("--lr-decay-patience", type=COUNT, default=80, help="epochs on a plateau before the decay")
+    recipe.add_argument("--lr-decay-gamma", type=number(float, 0, True), default=0.3, help="factor of the decay")
+    recipe.add_argument("--weight-decay", type=number(float, 0), default=0.00001, help="L2 added to the gradient")
+    recipe.add_argument("--seed", type=COUNT, default=42, help="of the initial weights, the data and the dropout")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--nfft", type=POSITIVE, default=4096, help="STFT window in samples")
+    model.add_argument("--nhop", type=POSITIVE, default=1024, help="STFT hop in samples")
+    model.add_argument("--hidden-size", type=POSITIVE, default=512, help="width of the bottleneck")
+    model.add_argument("--bandwidth", type=POSITIVE, default=16000, help="frequencies that the model reads, in Hz")
+    model.add_argument("--nb-channels", type=int, choices=(1, 2), default=2, help="1: average the magnitudes")
+    model.add_argument("--unidirectional", action="store_true", help="causal LSTM")
+    return parser
+
+
+def data_parser():
+    parser = Parser(prog="data.py", description="Check that a dataset is complete and readable.")
+    parser.add_argument("--target", default="vocals", help="source, or accompaniment, linear_mixture")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    group = add_musdb_options(parser)
+    group.add_argument("--seq-dur", type=number(float, 0, True), default=6.0, help="seconds per excerpt")
+    return parser
+
+
+def synthesize_parser():
+    parser = Parser(prog="synthesize.py", description="Write synthetic songs in the MUSDB18-HQ layout.")
+    parser.add_argument("output", help="folder to make")
+    parser.add_argument("--train", type=COUNT, default=8, help="songs to train on")
+    parser.add_argument("--valid", type=COUNT, default=2, help="songs of the validation split (also in train/)")
+    parser.add_argument("--test", type=COUNT, default=2, help="songs in test/")
+    parser.add_argument("--duration", type=number(float, 1, True), default=30.0, help="seconds per song")
+    parser.add_argument("--seed", type=COUNT, default=42, help="another seed makes other songs")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def weights_parser():
+    parser = Parser(prog="weights.py", description="Convert weights between NNabla (.h5) and torch (.pth).")
+    parser.add_argument("src", help="file or model folder: ours, Sony's NNabla, or openunmix's")
+    parser.add_argument("dst", help="file (.h5 or .pth), or a folder if SRC is one")
+    parser.add_argument("--to", choices=("h5", "pth"), help="format of a folder's weights; default: the other one")
+    return parser

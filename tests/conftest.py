@@ -1,0 +1,22 @@
+import nnabla as nn
+import numpy as np
+import pytest
+
+import synthesize
+
+
+@pytest.fixture(autouse=True)
+def fresh_parameters():
+    """Every test starts with empty parameters and the same random numbers."""
+    nn.clear_parameters()
+    nn.set_default_context(nn.Context(["cpu:float"], "CpuCachedArray"))
+    nn.random.prng = np.random.RandomState(0)
+    nn.random.set_function_seed(0)
+
+
+@pytest.fixture(scope="session")
+def songs(tmp_path_factory):
+    """A small MUSDB18-HQ folder: three training songs, one validation song and one test song of 4 s."""
+    root = tmp_path_factory.mktemp("songs")
+    synthesize.synthesize(root, nb_train=3, nb_valid=1, nb_test=1, duration=4.0, seed=7, quiet=True)
+    return root

@@ -1,0 +1,251 @@
+"""The data source: what it draws, and what it says when the folder is not what it was told."""
+
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+import stempeg
+
+import data
+from utils import UsageError
+
+RATE = 44100
+
+
+def source(root, **options):
+    defaults = {"target": "bass", "root": root, "is_wav": True, "seq_dur": 1.0, "samples_per_track": 4, "seed": 3}
+    return data.MusdbSource(**{**defaults, **options})
+
+
+def find(excerpt, track, name):
+    """Start of an excerpt, up to its gain, in a source of a track, or None: by normalised correlation."""
+    stem = data.read(track.sources[name])[0].astype(np.float64)
+    probe = excerpt[0].astype(np.float64)
+    size = len(stem) + len(probe)
+    correlation = np.fft.irfft(np.fft.rfft(stem, size) * np.conj(np.fft.rfft(probe, size)), size)
+    start = int(np.argmax(correlation[: len(stem) - len(probe) + 1]))
+    piece = stem[start : start + len(probe)]
+    similarity = piece @ probe / np.sqrt(piece @ piece * (probe @ probe) + 1e-20)
+    return start if similarity > 0.999999 else None
+
+
+def test_excerpts_come_from_the_stems(songs):
+    train = source(songs)
+    seen = set()
+    for index in range(12):
+        mixture, target = train.item(epoch=1, index=index)
+        assert mixture.shape == target.shape == (2, RATE)
+        assert mixture.dtype == target.dtype == np.float32
+        places = [(track.name, find(target, track, "bass")) for track in train.tracks]
+        places = [place for place in places if place[1] is not None]
+        assert len(places) == 1, "the target is an excerpt of exactly one bass stem"
+        seen.update(places)
+    assert len({name for name, _ in seen}) == 3, "tracks are drawn with replacement from all"
+    assert len(seen) > 8, "starts vary"
+
+
+def test_mixture_is_the_sum_of_four_draws(songs):
+    """One seed, all four targets: their sum is the mixture, although tracks and starts differ."""
+    targets = ("vocals", "drums", "bass", "other")
+    items = {
+        target: source(songs, target=target, augmentations=("gain", "channelswap")).item(2, 5) for target in targets
+    }
+    total = sum(items[target][1].astype(np.float64) for target in targets)
+    for target in targets:
+        np.testing.assert_allclose(items[target][0], total, atol=1e-6)
+    accompaniment = source(songs, target="accompaniment", augmentations=("gain", "channelswap")).item(2, 5)[1]
+    np.testing.assert_allclose(accompaniment, total - items["vocals"][1], atol=1e-6)
+    linear = source(songs, target="linear_mixture", augmentations=("gain", "channelswap")).item(2, 5)
+    np.testing.assert_allclose(linear[1], total, atol=1e-6)
+
+
+def test_draws_depend_on_seed_epoch_and_index_only(songs):
+    base = source(songs).item(1, 0)[0]
+    np.testing.assert_array_equal(base, source(songs).item(1, 0)[0])
+    for other in (source(songs).item(1, 1), source(songs).item(2, 0), source(songs, seed=4).item(1, 0)):
+        assert np.abs(base - other[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("nb_workers", [1, 3])
+def test_workers_do_not_change_the_batches(songs, nb_workers):
+    train = source(songs)
+    expected = list(data.DataIterator(train, 5).epoch(1))
+    batches = list(data.DataIterator(train, 5, nb_workers).epoch(1))
+    assert [len(x) for x, _ in batches] == [5, 5, 2], "the last batch holds what is left"
+    for (x, y), (x0, y0) in zip(batches, expected):
+        np.testing.assert_array_equal(x, x0)
+        np.testing.assert_array_equal(y, y0)
+
+
+def test_an_error_in_a_worker_reaches_the_caller(songs, tmp_path):
+    shutil.copytree(songs, tmp_path / "songs")
+    train = source(tmp_path / "songs")
+    shutil.rmtree(tmp_path / "songs")
+    with pytest.raises(Exception, match="opening"):
+        list(data.DataIterator(train, 4, 2).epoch(1))
+
+
+def test_gain_is_uniform_and_swap_happens_half_of_the_time():
+    rng = np.random.default_rng(0)
+    ones = np.ones((2, 1), np.float32)
+    gains = np.array([data.gain(ones, rng)[0, 0] for _ in range(4000)])
+    assert 0.25 <= gains.min() < 0.26 and 1.24 < gains.max() < 1.25
+    assert abs(gains.mean() - 0.75) < 0.02
+    stereo = np.array([[1.0], [2.0]], np.float32)
+    swapped = [data.channelswap(stereo, rng)[0, 0] == 2 for _ in range(4000)]
+    assert abs(np.mean(swapped) - 0.5) < 0.03
+    mono = ones[:1]
+    assert data.channelswap(mono, rng) is mono
+
+
+def test_validation_gives_whole_tracks_with_their_official_mixture(songs):
+    valid = source(songs, split="valid", seq_dur=None, target="accompaniment", samples_per_track=1)
+    assert [track.name for track in valid.tracks] == ["Actions - One Minute Smile"]
+    folder = songs / "train" / valid.tracks[0].name
+    mixture, target = valid.item(0, 0)
+    np.testing.assert_array_equal(mixture.T, soundfile.read(folder / "mixture.wav", dtype="float32")[0])
+    parts = sum(soundfile.read(folder / f"{name}.wav")[0] for name in ("bass", "drums", "other"))
+    np.testing.assert_allclose(target.T, parts, atol=1e-6)
+
+
+def test_statistics_equal_a_plain_formula_over_all_frames(songs):
+    train = source(songs)
+    mean, std = data.statistics(train.tracks, 512, 128)
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(512) / 512)
+    frames = []
+    for track in train.tracks:
+        audio = soundfile.read(track.mixture)[0].T
+        for start in range(0, audio.shape[1] - 512 + 1, 128):
+            frames.append(np.abs(np.fft.rfft(audio[:, start : start + 512] * window)).mean(axis=0))
+    np.testing.assert_allclose(mean, np.mean(frames, axis=0), rtol=1e-5)
+    np.testing.assert_allclose(std, np.maximum(np.std(frames, axis=0), 1e-4 * np.std(frames, axis=0).max()), rtol=1e-5)
+
+
+def test_statistics_of_bins_that_never_change(tmp_path):
+    """Silence has deviation 0 in every bin; like scikit-learn's scaler we divide by 1 then."""
+    soundfile.write(tmp_path / "silence.wav", np.zeros((4000, 2)), RATE)
+    track = data.Track("silence", tmp_path / "silence.wav", {}, 4000, RATE, 2)
+    mean, std = data.statistics([track], 512, 128)
+    np.testing.assert_array_equal(mean, 0)
+    np.testing.assert_array_equal(std, 1)
+
+
+@pytest.fixture(scope="module")
+def stems(songs, tmp_path_factory):
+    """The songs as .stem.mp4, in musdb's order of streams."""
+    root = tmp_path_factory.mktemp("stems")
+    for folder in sorted((songs / "train").iterdir()):
+        audio = np.stack(
+            [soundfile.read(folder / f"{name}.wav")[0] for name in ("mixture", "drums", "bass", "other", "vocals")]
+        )
+        (root / "train").mkdir(exist_ok=True)
+        path = root / "train" / f"{folder.name}.stem.mp4"
+        stempeg.write_stems(str(path), audio, sample_rate=RATE, writer=stempeg.StreamsWriter())
+    return root
+
+
+def test_stems_are_decoded_once_and_equal_musdb(stems, tmp_path, monkeypatch):
+    import musdb
+
+    monkeypatch.setattr(data.pooch, "os_cache", lambda name: tmp_path / name)
+    train = source(stems, is_wav=False)
+    tracks = musdb.DB(root=str(stems), subsets="train", split="train").tracks
+    assert [track.name for track in train.tracks] == [track.name for track in tracks]
+    for name in ("bass", "vocals"):
+        np.testing.assert_array_equal(data.read(train.tracks[0].sources[name]).T, tracks[0].sources[name].audio)
+    np.testing.assert_array_equal(data.read(train.tracks[0].mixture).T, tracks[0].audio)
+    times = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*.wav"))]
+    source(stems, is_wav=False)
+    assert times == [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*.wav"))]
+
+
+def test_wav_and_stem_folders_are_told_apart(songs, stems):
+    with pytest.raises(UsageError, match="add --is-wav"):
+        source(songs, is_wav=False)
+    with pytest.raises(UsageError, match="leave out --is-wav"):
+        source(stems, is_wav=True)
+
+
+def spoil_missing_stem(track):
+    (track / "drums.wav").unlink()
+
+
+def spoil_missing_mixture(track):
+    (track / "mixture.wav").unlink()
+
+
+def spoil_length(track):
+    soundfile.write(track / "drums.wav", np.zeros((RATE, 2)), RATE)
+
+
+def spoil_rate(track):
+    for path in track.glob("*.wav"):
+        soundfile.write(path, np.zeros((4 * RATE, 2)), 22050)
+
+
+def spoil_content(track):
+    (track / "bass.wav").write_bytes(b"not audio")
+
+
+def spoil_mixture(track):
+    (track / "mixture.wav").write_bytes(b"not audio")
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (spoil_missing_stem, "no drums.wav"),
+        (spoil_missing_mixture, "no mixture.wav"),
+        (spoil_length, "differ in"),
+        (spoil_rate, "differ in"),
+        (spoil_content, "cannot read"),
+        (spoil_mixture, "cannot be read"),
+    ],
+)
+def test_damaged_tracks_are_named(songs, tmp_path, spoil, message):
+    shutil.copytree(songs, tmp_path / "songs")
+    spoil(sorted((tmp_path / "songs" / "train").iterdir())[1])
+    with pytest.raises(UsageError, match=message) as error:
+        source(tmp_path / "songs")
+    assert "\n" not in str(error.value)
+
+
+def test_folders_without_tracks(songs, tmp_path):
+    with pytest.raises(UsageError, match="no folder train"):
+        source(tmp_path)
+    (tmp_path / "train").mkdir()
+    with pytest.raises(UsageError, match="no tracks of the split 'train'"):
+        source(tmp_path)
+    with pytest.raises(UsageError, match="validation songs are named like"):
+        source(tmp_path, split="valid")
+    with pytest.raises(UsageError, match="unknown target 'guitar'.*accompaniment"):
+        source(songs, target="guitar")
+    with pytest.raises(UsageError, match="too short for --seq-dur 5"):
+        source(songs, seq_dur=5.0)
+
+
+def test_the_download_needs_a_network(monkeypatch):
+    import musdb
+
+    def refuse(self, *args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(musdb.DB, "download", refuse)
+    with pytest.raises(UsageError, match="give --root"):
+        source(None, is_wav=False)
+
+
+def test_the_command_checks_a_dataset(songs, tmp_path, capsys):
+    data.main(["--root", str(songs), "--is-wav", "--seq-dur", "1", "--quiet"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("train: 3 tracks") and lines[1].startswith("valid: 1 tracks")
+    shutil.copytree(songs, tmp_path / "songs")
+    track = next((tmp_path / "songs" / "train").iterdir())
+    broken = np.zeros((4 * RATE, 2))
+    broken[5] = np.nan
+    soundfile.write(track / "vocals.wav", broken, RATE, subtype="FLOAT")
+    with pytest.raises(SystemExit) as stop:
+        data.main(["--root", str(tmp_path / "songs"), "--is-wav", "--quiet"])
+    assert stop.value.code == 2
+    assert "not finite" in capsys.readouterr().err

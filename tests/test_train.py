@@ -1,0 +1,293 @@
+"""The training script, run as a user runs it, on small songs and a tiny network."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import args
+import data
+import train
+import weights
+
+TINY = ["--nfft", "1024", "--nhop", "512", "--hidden-size", "8", "--seq-dur", "0.3", "--batch-size", "4"]
+TINY += ["--samples-per-track", "3", "--is-wav", "--context", "cpu", "--quiet", "--target", "bass"]
+
+
+def run(songs, output, *options):
+    """Train; later options win over TINY's. Returns the log."""
+    train.main([*TINY, "--root", str(songs), "--output", str(output), "--epochs", "1", *map(str, options)])
+    target = options[options.index("--target") + 1] if "--target" in options else "bass"
+    return json.loads((output / f"{target}.json").read_text())
+
+
+def state(output):
+    with np.load(output / "bass.checkpoint.npz") as archive:
+        return {name: archive[name] for name in archive.files if name != "meta"}
+
+
+def assert_same_state(a, b):
+    a, b = state(a), state(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def differs(a, b):
+    return any(a[name].shape != b[name].shape or (a[name] != b[name]).any() for name in a)
+
+
+@pytest.fixture(scope="module")
+def base(songs, tmp_path_factory):
+    """The run that all others are compared with: one epoch."""
+    output = tmp_path_factory.mktemp("base")
+    return output, run(songs, output)
+
+
+# ------------------------------------------------------------------------------ what it writes
+
+
+def test_training_learns_and_writes_its_files(songs, tmp_path):
+    log = run(songs, tmp_path, "--epochs", "6", "--lr", "0.01")
+    assert log["valid_loss_history"][-1] < 0.8 * log["valid_loss_history"][0]
+    assert log["best_loss"] == min(log["valid_loss_history"]) == log["valid_loss_history"][log["best_epoch"] - 1]
+    assert log["epochs_trained"] == len(log["train_time_history"]) == 6
+    assert log["versions"]["nnabla"] == "1.39.0"
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"bass.h5", "bass.json", "bass.png", "bass.checkpoint.npz", "separator.json", "monitor"}
+    config = json.loads((tmp_path / "separator.json").read_text())
+    assert config == {"nfft": 1024, "nhop": 512, "sample_rate": 44100, "nb_channels": 2, "targets": ["bass"]}
+    series = (tmp_path / "monitor" / "bass" / "validation-loss.series.txt").read_text().split("\n")[:-1]
+    np.testing.assert_allclose([float(line.split()[1]) for line in series], log["valid_loss_history"], rtol=1e-5)
+    assert (tmp_path / "bass.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_saved_weights_are_those_of_the_best_epoch(songs, tmp_path, monkeypatch):
+    losses = iter([3.0, 2.0, 4.0])
+    seen = []
+
+    def validate(net, source):
+        seen.append(weights.get_parameters())
+        return next(losses)
+
+    monkeypatch.setattr(train, "validate", validate)
+    log = run(songs, tmp_path, "--epochs", "3")
+    assert log["best_epoch"] == 2
+    saved = weights.load(tmp_path / "bass.h5")
+    assert not differs(seen[1], saved) and differs(seen[2], saved)
+
+
+def test_several_targets_share_a_folder(songs, tmp_path):
+    run(songs, tmp_path, "--target", "bass")
+    run(songs, tmp_path, "--target", "accompaniment")
+    assert json.loads((tmp_path / "separator.json").read_text())["targets"] == ["accompaniment", "bass"]
+    with pytest.raises(SystemExit):  # one separator has one STFT
+        run(songs, tmp_path, "--target", "vocals", "--nfft", "512")
+
+
+# ------------------------------------------------------------------------------------ resuming
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(songs, tmp_path_factory):
+    output = tmp_path_factory.mktemp("uninterrupted")
+    return output, run(songs, output, "--epochs", "3")
+
+
+def without_times(log):
+    return {key: value for key, value in log.items() if key not in ("args", "train_time_history")}
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(songs, tmp_path, uninterrupted):
+    run(songs, tmp_path, "--epochs", "1")
+    log = run(songs, tmp_path, "--epochs", "3", "--checkpoint", tmp_path)
+    assert_same_state(tmp_path, uninterrupted[0])
+    assert without_times(log) == without_times(uninterrupted[1])
+    best, expected = weights.load(tmp_path / "bass.h5"), weights.load(uninterrupted[0] / "bass.h5")
+    assert not differs(best, expected)
+    series = Path("monitor/bass/training-loss.series.txt")
+    assert (tmp_path / series).read_text() == (uninterrupted[0] / series).read_text()
+
+
+def test_an_interruption_within_an_epoch_loses_only_that_epoch(songs, tmp_path, uninterrupted, monkeypatch):
+    whole, count = data.MusdbSource.item, iter(range(10**6))
+
+    def item(self, epoch, index):
+        if next(count) == 9 + 5:  # in the second epoch
+            raise KeyboardInterrupt
+        return whole(self, epoch, index)
+
+    monkeypatch.setattr(data.MusdbSource, "item", item)
+    with pytest.raises(SystemExit) as stop:
+        run(songs, tmp_path, "--epochs", "3")
+    assert stop.value.code == 130
+    monkeypatch.undo()
+    elsewhere = tmp_path / "elsewhere"
+    run(songs, elsewhere, "--epochs", "3", "--checkpoint", tmp_path / "bass.checkpoint.npz", "--nb-workers", "2")
+    assert_same_state(elsewhere, uninterrupted[0])
+
+
+# --------------------------------------------------------------------------- flags have effects
+
+# A run with these options, and what it must differ in from the base run.
+WEIGHTS = {
+    "target": ["--target", "linear_mixture"],
+    "seq_dur": ["--seq-dur", "0.4"],
+    "source_augmentations": ["--source-augmentations"],
+    "batch_size": ["--batch-size", "3"],
+    "samples_per_track": ["--samples-per-track", "4"],
+    "lr": ["--lr", "0.01"],
+    "weight_decay": ["--weight-decay", "0.1"],
+    "seed": ["--seed", "43"],
+    "nfft": ["--nfft", "512"],
+    "nhop": ["--nhop", "256"],
+    "hidden_size": ["--hidden-size", "6"],
+    "bandwidth": ["--bandwidth", "5000"],
+    "nb_channels": ["--nb-channels", "1"],
+    "unidirectional": ["--unidirectional"],
+}
+# Those whose effect is tested elsewhere in this file, by the test named, or cannot be.
+ELSEWHERE = {
+    "help": "argparse's own",
+    "epochs": "test_a_resumed_run_equals_the_uninterrupted_one",
+    "root": "test_bad_input",
+    "is_wav": "test_bad_input",
+    "output": "every test",
+    "checkpoint": "test_a_resumed_run_equals_the_uninterrupted_one",
+    "model": "test_fine_tuning_starts_from_the_model",
+    "context": "test_bad_input",
+    "device_id": "cannot be tested without a GPU: it names one of several",
+    "quiet": "test_quiet",
+    "nb_workers": "test_workers_prepare_batches",
+    "patience": "test_schedule",
+    "lr_decay_patience": "test_schedule",
+    "lr_decay_gamma": "test_schedule",
+}
+
+
+def test_every_flag_has_a_test():
+    names = {action.dest for action in args.train_parser()._actions}
+    assert names == set(WEIGHTS) | set(ELSEWHERE)
+    assert all(reason in globals() for reason in ELSEWHERE.values() if reason.startswith("test_"))
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_flag_changes_the_training(songs, tmp_path, base, name):
+    output, _ = base
+    log = run(songs, tmp_path, *WEIGHTS[name])
+    other = weights.load(tmp_path / f"{log['args']['target']}.h5")
+    assert differs(weights.load(output / "bass.h5"), other)
+    shapes = weights.describe(other)
+    expected = {"nfft": ("nb_bins", 257), "hidden_size": ("hidden_size", 6), "bandwidth": ("max_bin", 117)}
+    expected.update(nb_channels=("nb_channels", 1), unidirectional=("unidirectional", True))
+    if name in expected:
+        key, value = expected[name]
+        assert shapes[key] == value
+
+
+def test_the_same_command_gives_the_same_weights(songs, tmp_path, base):
+    log = run(songs, tmp_path)
+    assert without_times(log) == without_times(base[1])
+    assert_same_state(tmp_path, base[0])
+
+
+def test_schedule(songs, tmp_path, monkeypatch):
+    """On a plateau the learning rate decays, and the training ends."""
+    monkeypatch.setattr(train, "validate", lambda net, source: 1.0)
+    options = ["--epochs", "9", "--lr-decay-patience", "1", "--lr-decay-gamma", "0.5", "--patience", "5"]
+    log = run(songs, tmp_path, *options)
+    assert log["lr_history"] == [0.001, 0.001, 0.001, 0.0005, 0.0005, 0.0005]
+    assert log["best_epoch"] == 1 and log["num_bad_epochs"] == 5
+
+
+def test_fine_tuning_starts_from_the_model(songs, tmp_path, base, monkeypatch):
+    """With a learning rate of nearly nothing, the weights stay; the network's shape comes with them."""
+    default = [option for option in TINY if option not in ("--nfft", "1024", "--nhop", "512", "--hidden-size", "8")]
+    default += ["--root", str(songs), "--epochs", "1", "--output", str(tmp_path), "--model", str(base[0])]
+    train.main([*default, "--lr", "1e-12"])
+    before, after = weights.load(base[0] / "bass.h5"), weights.load(tmp_path / "bass.h5")
+    moved = {name for name in before if np.abs(before[name] - after[name]).max() > 1e-6}
+    assert moved and all(name.endswith(("bn/mean", "bn/var")) for name in moved)
+    with pytest.raises(SystemExit):
+        train.main([*default, "--hidden-size", "16"])
+
+
+def test_workers_prepare_batches(songs, tmp_path, base, monkeypatch):
+    pools = []
+
+    class Pool(data.ThreadPoolExecutor):
+        def __init__(self, size):
+            pools.append(size)
+            super().__init__(size)
+
+    monkeypatch.setattr(data, "ThreadPoolExecutor", Pool)
+    run(songs, tmp_path, "--nb-workers", "2")
+    assert pools == [2]
+    assert_same_state(tmp_path, base[0])
+
+
+def test_quiet(songs, tmp_path, capsys):
+    run(songs, tmp_path)
+    assert capsys.readouterr().err == ""
+    loud = [option for option in TINY if option != "--quiet"]
+    train.main([*loud, "--root", str(songs), "--output", str(tmp_path), "--epochs", "1"])
+    assert "Epochs: 100%" in capsys.readouterr().err
+
+
+def test_whole_tracks(songs, tmp_path, base):
+    run(songs, tmp_path, "--seq-dur", "0", "--batch-size", "1", "--samples-per-track", "1")
+    assert differs(weights.load(base[0] / "bass.h5"), weights.load(tmp_path / "bass.h5"))
+
+
+# ---------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--root", "/nowhere"], "has no folder train/"),
+        (["--root", "{tmp}"], "has no folder train/"),
+        (["--target", "guitar"], "unknown target 'guitar'"),
+        (["--seq-dur", "5"], "too short for --seq-dur"),
+        (["--seq-dur", "0"], "use --batch-size 1"),
+        (["--seq-dur", "0.001"], "shorter than one frame"),
+        (["--nfft", "1000000"], "shorter than one frame"),
+        (["--hidden-size", "7"], "odd"),
+        (["--output", "{tmp}/file/below"], "cannot write to the output folder"),
+        (["--context", "cudnn"], "--context cudnn does not work here"),
+        (["--checkpoint", "{tmp}"], "cannot read the checkpoint"),
+        (["--checkpoint", "{tmp}/file"], "cannot read the checkpoint"),
+        (["--checkpoint", "{base}"], "raise --epochs"),
+        (["--checkpoint", "{base}", "--epochs", "2", "--lr", "0.1"], "--lr 0.1"),
+        (["--model", "{tmp}"], "no weights of the target 'bass'"),
+        (["--model", "{base}", "--nfft", "512"], "--nfft 512"),
+        (["--model", "{base}", "--checkpoint", "{base}"], "give one of them"),
+        (["--unknown"], "unrecognized arguments: --unknown"),
+        (["--epoch", "3"], "unrecognized arguments"),
+        (["--batch-size", "0"], "at least 1"),
+        (["--lr", "nan"], "more than 0"),
+        (["--nb-channels", "3"], "invalid choice"),
+        (["--source-augmentations", "reverb"], "invalid choice"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input(songs, tmp_path, base, capsys, options, message):
+    """One clear line, exit status 2, and nothing written."""
+    (tmp_path / "file").write_text("no folder")
+    options = [option.format(tmp=tmp_path, base=base[0]) for option in options]
+    with pytest.raises(SystemExit) as stop:
+        run(songs, tmp_path / "output", *options)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in error and error.count("\n") == 1
+    assert not list(tmp_path.rglob("*.h5")) and not list(tmp_path.rglob("*.json"))
+
+
+def test_the_script_itself_fails_without_a_traceback(tmp_path):
+    command = [sys.executable, "train.py", "--root", str(tmp_path), "--context", "cpu"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(train.__file__).parent)
+    assert result.returncode == 2
+    assert "has no folder train/" in result.stderr and "Traceback" not in result.stderr

@@ -1,0 +1,72 @@
+import json
+
+import numpy as np
+import pytest
+
+import utils
+
+
+def test_atomic_path_keeps_the_old_file_on_failure(tmp_path):
+    path = tmp_path / "value.json"
+    utils.write_json(path, 1)
+    with pytest.raises(RuntimeError), utils.atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert json.loads(path.read_text()) == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "error, status", [(utils.UsageError("bad input"), 2), (OSError("disk full"), 1), (KeyboardInterrupt(), 130)]
+)
+def test_command_turns_errors_into_one_line_and_a_status(error, status, capsys):
+    @utils.command
+    def main(argv=None):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == status
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_max_bin_of_the_published_models():
+    assert utils.bandwidth_to_max_bin(44100, 4096, 16000) == 1487
+    assert utils.bandwidth_to_max_bin(44100, 4096, 10**6) == 2049  # never more than there are
+    assert utils.bandwidth_to_max_bin(8, 8, 2) == 3  # a bin that lies exactly on the bandwidth is kept
+
+
+def test_early_stopping_counts_epochs_without_improvement():
+    stopping = utils.EarlyStopping(patience=2)
+    assert [stopping.step(loss) for loss in (3, 2, 2, 1.5)] == [True, True, False, True]
+    assert not stopping.stop
+    stopping.step(1.6)
+    assert not stopping.stop
+    stopping.step(1.5)
+    assert stopping.stop
+    never = utils.EarlyStopping(patience=0)
+    assert not any(never.step(1) and never.stop for _ in range(9)) and not never.stop
+
+
+def test_plateau_decays_after_patience_and_waits_for_the_cooldown():
+    scheduler = utils.ReduceLROnPlateau(1.0, factor=0.5, patience=2, cooldown=3)
+    rates = [scheduler.step(1.0) for _ in range(13)]
+    # best, 2 bad, decay, 3 epochs of cooldown, 2 bad, decay, …
+    assert rates == [1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25]
+
+
+def test_plateau_resumes_from_its_state():
+    losses = np.random.RandomState(0).rand(60)
+    whole = utils.ReduceLROnPlateau(1.0, 0.5, 3)
+    expected = [whole.step(loss) for loss in losses]
+    first = utils.ReduceLROnPlateau(1.0, 0.5, 3)
+    head = [first.step(loss) for loss in losses[:30]]
+    second = utils.ReduceLROnPlateau(1.0, 0.5, 3)
+    second.state = json.loads(json.dumps(first.state))
+    assert head + [second.step(loss) for loss in losses[30:]] == expected
+
+
+def test_folder_that_cannot_be_written_is_a_usage_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(utils.UsageError, match="cannot write"):
+        utils.writable_folder(tmp_path / "file" / "below")

@@ -1,0 +1,215 @@
+"""Small helpers that know nothing of models: errors, files, meters, schedules, contexts."""
+
+import contextlib
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+PACKAGES = ("nnabla", "nnabla-ext-cuda120", "numpy", "scipy", "numba", "soundfile", "musdb")
+
+
+class UsageError(ValueError):
+    """The user asked for something that cannot be done; the message is one line that says what to do."""
+
+
+def command(main):
+    """Decorate a script's ``main(argv=None)``: errors become one line on stderr and an exit status.
+
+    Exit status 2: bad input (`UsageError`). 1: a failure while working (`OSError`, a full disk say).
+    130: interrupted by the user.
+    """
+
+    @functools.wraps(main)
+    def wrapper(argv=None):
+        try:
+            return main(argv)
+        except UsageError as error:
+            status, message = 2, str(error)
+        except OSError as error:
+            status, message = 1, str(error)
+        except KeyboardInterrupt as error:
+            status, message = 130, str(error) or "interrupted"
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        sys.exit(status)
+
+    return wrapper
+
+
+# ---------------------------------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Yield a temporary path beside `path`; rename it to `path` on success, delete it on failure.
+
+    A reader, or a machine that lost power, so sees the old file or the new one, never half of one.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=4, sort_keys=True) + "\n")
+
+
+def read_json(path):
+    """The content of a JSON file; `UsageError` if it is missing or not JSON."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from None
+
+
+def writable_folder(path):
+    """Create a folder, and make sure now that files can be written to it, not after hours of work."""
+    path = Path(path).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"cannot write to the output folder {path}: {error.strerror}") from None
+    return path
+
+
+def run_metadata():
+    """What a result was made with: versions, the machine, the commit of this repository."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {"versions": versions, "commit": commit, "machine": platform.platform()}
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+def bandwidth_to_max_bin(sample_rate, n_fft, bandwidth):
+    """Number of STFT bins at or below `bandwidth` Hz."""
+    frequencies = np.linspace(0, sample_rate / 2, n_fft // 2 + 1)
+    return int(np.searchsorted(frequencies, bandwidth, side="right"))
+
+
+class AverageMeter:
+    """Mean of the values seen so far."""
+
+    def __init__(self):
+        self.sum = 0.0
+        self.count = 0
+
+    def update(self, value):
+        self.sum += value
+        self.count += 1
+
+    @property
+    def average(self):
+        return self.sum / self.count
+
+
+class EarlyStopping:
+    """Stop after `patience` epochs in a row without a lower loss; patience 0 never stops.
+
+    `state` (a dict of numbers) is all that resuming needs.
+    """
+
+    def __init__(self, patience):
+        self.patience = patience
+        self.state = {"best": float("inf"), "num_bad_epochs": 0}
+
+    def step(self, loss):
+        """Take an epoch's loss; returns whether it is the best so far."""
+        improved = loss < self.state["best"]
+        if improved:
+            self.state["best"] = loss
+        self.state["num_bad_epochs"] = 0 if improved else self.state["num_bad_epochs"] + 1
+        return improved
+
+    @property
+    def stop(self):
+        return 0 < self.patience <= self.state["num_bad_epochs"]
+
+
+class ReduceLROnPlateau:
+    """Learning rate times `factor` after more than `patience` epochs without a loss lower by `threshold`.
+
+    The rule of torch.optim.lr_scheduler.ReduceLROnPlateau (mode "min", relative threshold): epochs
+    of the `cooldown` after a reduction do not count as bad. `state` is all that resuming needs.
+    """
+
+    def __init__(self, lr, factor, patience, cooldown=10, threshold=1e-4):
+        self.factor, self.patience = factor, patience
+        self.cooldown, self.threshold = cooldown, threshold
+        self.state = {"lr": lr, "best": float("inf"), "num_bad_epochs": 0, "cooldown": 0}
+
+    def step(self, loss):
+        """Take an epoch's loss; returns the learning rate of the next epoch."""
+        state = self.state
+        if loss < state["best"] * (1 - self.threshold):
+            state["best"], state["num_bad_epochs"] = loss, 0
+        else:
+            state["num_bad_epochs"] += 1
+        if state["cooldown"] > 0:
+            state["cooldown"] -= 1
+            state["num_bad_epochs"] = 0
+        if state["num_bad_epochs"] > self.patience:
+            lr = state["lr"] * self.factor
+            if state["lr"] - lr > 1e-8:  # torch's limit of what counts as a change
+                state["lr"] = lr
+            state["cooldown"], state["num_bad_epochs"] = self.cooldown, 0
+        return state["lr"]
+
+
+# -------------------------------------------------------------------------------------- context
+
+
+def extension_context(name=None, device_id="0"):
+    """The NNabla context `name`: "cpu", "cudnn", or None for cudnn where it works and else cpu.
+
+    Raises `UsageError` if cudnn is asked for and its extension or a GPU is missing.
+    """
+    import nnabla as nn
+    from nnabla.ext_utils import get_extension_context
+
+    if name != "cpu":
+        # NNabla reports a missing extension on the log as well; our line is enough.
+        nn.logger.disabled, disabled = True, nn.logger.disabled
+        try:
+            import nnabla_ext.cuda
+
+            devices = nnabla_ext.cuda.get_device_count()
+            if not 0 <= int(device_id) < devices:
+                raise UsageError(f"--device-id {device_id}: this machine has {devices} CUDA device(s)")
+            return get_extension_context("cudnn", device_id=str(device_id))
+        except UsageError:
+            raise
+        except Exception as error:  # whatever a missing driver or library makes the extension raise
+            if name == "cudnn":
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise UsageError(
+                    f"--context cudnn does not work here ({reason}): it needs nnabla-ext-cuda120 "
+                    "and an NVIDIA GPU, see README.md; or use --context cpu"
+                ) from None
+        finally:
+            nn.logger.disabled = disabled
+    return get_extension_context("cpu")
