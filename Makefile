@@ -37,7 +37,8 @@ lint: setup
 	$(PYTHON) -m ruff format --check .
 
 demo: setup demo/songs
-	$(PYTHON) train.py --context cpu --target bass --root demo/songs --is-wav --output demo/model $(DEMO_OPTIONS)
+	$(PYTHON) train.py --context cpu --target bass --root demo/songs --is-wav --output demo/model \
+	  --hidden-size 128 --seq-dur 3 --batch-size 8 --samples-per-track 40 --epochs 12 --nb-workers 1
 
 demo/songs:
 	$(PYTHON) synthesize.py $@

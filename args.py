@@ -36,6 +36,8 @@ def add_context_options(parser):
     group = parser.add_argument_group("device")
     group.add_argument("--context", choices=("cpu", "cudnn"), help="default: cudnn where it works, else cpu")
     group.add_argument("--device-id", default="0", help="number of the GPU")
+    group.add_argument("--threads", type=POSITIVE, help="of the CPU; default: all cores")
+    group.add_argument("--plain", action="store_true", help="NNabla's native functions on the CPU too (slow)")
 
 
 def add_musdb_options(parser):
@@ -104,6 +106,38 @@ def synthesize_parser():
     parser.add_argument("--duration", type=number(float, 1, True), default=30.0, help="seconds per song")
     parser.add_argument("--seed", type=COUNT, default=42, help="another seed makes other songs")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def add_separation_options(parser):
+    """What separate.py and evaluate.py share: the model and the filter."""
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model", default="umxl", help="umx, umxhq, umxl, umxse; a folder of a model; a file of weights"
+    )
+    model.add_argument("--model-dir", help="folder of the files of a named model, for machines without network")
+    model.add_argument("--targets", nargs="+", help="default: all that the model has")
+    group = parser.add_argument_group("separation")
+    group.add_argument("--niter", type=COUNT, default=1, help="iterations of the Wiener filter's EM")
+    group.add_argument("--softmask", action="store_true", help="start it from a soft mask, not the mixture's phase")
+    group.add_argument("--alpha", type=number(float, 0, True), default=1.0, help="exponent in the soft mask")
+    group.add_argument("--wiener-win-len", type=COUNT, default=300, help="frames filtered together; 0: all")
+    group.add_argument("--residual", metavar="NAME", help="one more stem: the mixture less all estimates")
+    group.add_argument("--aggregate", metavar="JSON", help='stems to add up, as {"rest": ["drums", "bass"]}')
+    group.add_argument("--segment", type=number(float, 30), default=600.0, help="longer recordings are cut, in seconds")
+
+
+def separate_parser():
+    parser = Parser(prog="separate.py", description="Separate recordings into stems.")
+    parser.add_argument("inputs", nargs="+", help="audio files, or folders of them")
+    parser.add_argument("--outdir", help="stems go to OUTDIR/<song>/; default: <song>_<model>/")
+    parser.add_argument("--start", type=number(float, 0), default=0.0, help="seconds to skip")
+    parser.add_argument("--duration", type=number(float, 0, True), help="seconds to separate; default: all")
+    parser.add_argument("--ext", choices=("wav", "flac"), default="wav", help="file format of the stems")
+    parser.add_argument("--subtype", choices=("16", "24", "float"), help="default: float for wav, 24 for flac")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_separation_options(parser)
+    add_context_options(parser)
     return parser
 
 

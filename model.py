@@ -124,20 +124,56 @@ class OpenUnmix:
 
     def encode(self, X, test=False):
         """Mixture (nb_frames, nb_samples, nb_channels, nb_bins) to features (nb_frames, nb_samples, hidden_size)."""
-        mean = get_parameter_or_create("input_mean", (self.max_bin,), self.input_mean)
-        scale = get_parameter_or_create("input_scale", (self.max_bin,), self.input_scale)
-        # crop, normalise and reduce the dimension
-        h = functions.input_affine(X, self.hidden_size, mean, scale, name="fc1")
-        h = functions.batch_normalization(h, F.tanh, test, name="fc1")
-        # the LSTM and its skip connection
-        lstm_size = self.hidden_size if self.unidirectional else self.hidden_size // 2
-        s = functions.lstm(h, lstm_size, self.nb_layers, not self.unidirectional, self.dropout, test, name="lstm")
-        h = functions.affine([h, s], self.hidden_size, name="fc2")
-        return functions.batch_normalization(h, F.relu, test, name="fc2")
+        h = self._reduce(X, test)
+        return self._combine(h, self._recur(h, test), test)
 
-    def decode(self, h, X, test=False):
+    def _reduce(self, X, test, suffix=""):
+        """Crop, normalise and reduce the dimension."""
+        mean = get_parameter_or_create("input_mean" + suffix, (self.max_bin,), self.input_mean)
+        scale = get_parameter_or_create("input_scale" + suffix, (self.max_bin,), self.input_scale)
+        h = functions.input_affine(X, self.hidden_size, mean, scale, name="fc1" + suffix)
+        return functions.batch_normalization(h, F.tanh, test, name="fc1" + suffix)
+
+    def _recur(self, h, test, suffix=""):
+        size = self.hidden_size if self.unidirectional else self.hidden_size // 2
+        bidirectional = not self.unidirectional
+        return functions.lstm(h, size, self.nb_layers, bidirectional, self.dropout, test, name="lstm" + suffix)
+
+    def _combine(self, h, s, test, suffix=""):
+        """The LSTM's output beside its input, the skip connection."""
+        h = functions.affine([h, s], self.hidden_size, name="fc2" + suffix)
+        return functions.batch_normalization(h, F.relu, test, name="fc2" + suffix)
+
+    def decode(self, h, X, test=False, suffix=""):
         """Features of frames to a mask over all bins of the mixture X of the same frames, applied to it."""
-        mean = get_parameter_or_create("output_mean", (self.nb_bins,), np.ones(self.nb_bins))
-        scale = get_parameter_or_create("output_scale", (self.nb_bins,), np.ones(self.nb_bins))
-        h = functions.affine([h], self.nb_channels * self.nb_bins, name="fc3")
-        return functions.mask(h, scale, mean, X, test, name="fc3")
+        mean = get_parameter_or_create("output_mean" + suffix, (self.nb_bins,), np.ones(self.nb_bins))
+        scale = get_parameter_or_create("output_scale" + suffix, (self.nb_bins,), np.ones(self.nb_bins))
+        h = functions.affine([h], self.nb_channels * self.nb_bins, name="fc3" + suffix)
+        return functions.mask(h, scale, mean, X, test, name="fc3" + suffix)
+
+
+class JointOpenUnmix(OpenUnmix):
+    """X-UMX (Sawata et al., All for One and One for All, ICASSP 2021): networks of all targets, with bridges.
+
+    Before and after the LSTMs, each network goes on with the average over all of them. Arguments as of
+    OpenUnmix, and `targets`; the first component of a parameter's name carries its target: fc1_bass/affine/W.
+    """
+
+    def __init__(self, targets, **options):
+        super().__init__(**options)
+        self.targets = tuple(targets)
+
+    def __call__(self, x, test=False):
+        """Estimates of all targets, a list; x as of OpenUnmix."""
+        X = x if self.input_is_spectrogram else self.spectrogram(x)
+        return [self.decode(h, X, test, f"_{target}") for target, h in zip(self.targets, self.encode(X, test))]
+
+    def encode(self, X, test=False):
+        """Features of all targets, a list."""
+        suffixes = [f"_{target}" for target in self.targets]
+        h = self._average(self._reduce(X, test, suffix) for suffix in suffixes)
+        s = self._average(self._recur(h, test, suffix) for suffix in suffixes)
+        return [self._combine(h, s, test, suffix) for suffix in suffixes]
+
+    def _average(self, variables):
+        return sum(variables) / len(self.targets)

@@ -3,59 +3,104 @@
 import nnabla.solvers as S
 import numpy as np
 
+import kernels
+import utils
 
-class Adam:
-    """Adam (Kingma & Ba 2015) whose eps is added after the bias correction, as in torch.
 
-    torch divides by sqrt(v / (1 − β₂ᵗ)) + eps; nnabla's solver by (sqrt(v) + eps) / sqrt(1 − β₂ᵗ). They
-    agree when nnabla's eps is eps · sqrt(1 − β₂ᵗ), so each step has a native solver of its own, over the
-    same moments: a solver is a few numbers, and without this the first steps differ for small gradients.
+class _Adam:
+    """What both forms of Adam share; a form has `moments`, `zero_grad` and `_update`."""
 
-    Args:
-        parameters: dict of name to variable, as from ``nn.get_parameters()``
-        lr: learning rate, may be changed between updates
-        weight_decay: times the parameter is added to its gradient
-    """
-
-    def __init__(self, parameters, lr=1e-3, weight_decay=0.0, beta1=0.9, beta2=0.999, eps=1e-8):
+    def __init__(self, parameters, lr, weight_decay, beta1=0.9, beta2=0.999, eps=1e-8):
         self.lr, self.weight_decay = lr, weight_decay
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
         self.parameters = dict(parameters)
         self.step = 0
-        self.solver = self._native_solver()
-
-    def _native_solver(self):
-        eps = self.eps * np.sqrt(1 - self.beta2 ** (self.step + 1))
-        solver = S.Adam(self.lr, self.beta1, self.beta2, eps)
-        solver.set_parameters(self.parameters)
-        return solver
-
-    def zero_grad(self):
-        self.solver.zero_grad()
 
     def update(self):
         """One step along the gradients that the parameters hold."""
-        states = self.solver.get_states()
-        self.solver = self._native_solver()
-        self.solver.set_states(states)
-        if self.weight_decay:
-            self.solver.weight_decay(self.weight_decay)
-        self.solver.update()
         self.step += 1
+        self._update()
 
     def get_state(self):
         """Dict of arrays that `set_state` continues from: step, and <name>/mean, <name>/var (copies)."""
         state = {"step": np.array(self.step)}
-        for name, moments in self.solver.get_states().items():
-            for moment in ("mean", "var"):
-                state[f"{name}/{moment}"] = moments.pstate[moment].d.copy()
+        state.update({name: moment.copy() for name, moment in self.moments().items()})
         return state
 
     def set_state(self, state):
         self.step = int(state["step"])
+        for name, moment in self.moments().items():
+            moment[...] = state[name]
+
+
+class _PlainAdam(_Adam):
+    """With nnabla's solver, which divides by (sqrt(v) + eps) / sqrt(1 − β₂ᵗ), torch by sqrt(v / (1 − β₂ᵗ)) + eps.
+
+    They agree when nnabla's eps is eps · sqrt(1 − β₂ᵗ). So each step has a native solver of its own over the
+    same moments: a solver is a few numbers, and without this the first steps differ for small gradients.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.solver = self._solver(step=1)
+
+    def _solver(self, step):
+        solver = S.Adam(self.lr, self.beta1, self.beta2, self.eps * (1 - self.beta2**step) ** 0.5)
+        solver.set_parameters(self.parameters)
+        return solver
+
+    def moments(self):
+        states = self.solver.get_states().items()
+        return {f"{name}/{moment}": state.pstate[moment].d for name, state in states for moment in ("mean", "var")}
+
+    def zero_grad(self):
+        self.solver.zero_grad()
+
+    def _update(self):
         states = self.solver.get_states()
-        for name, moments in states.items():
-            moments.t = self.step
-            for moment in ("mean", "var"):
-                moments.pstate[moment].d = state[f"{name}/{moment}"]
+        for state in states.values():
+            state.t = self.step - 1
+        self.solver = self._solver(self.step)
         self.solver.set_states(states)
+        if self.weight_decay:
+            self.solver.weight_decay(self.weight_decay)
+        self.solver.update()
+
+
+class _FastAdam(_Adam):
+    """For the CPU: one pass over each parameter."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        names = [f"{name}/{moment}" for name in self.parameters for moment in ("mean", "var")]
+        self._moments = {name: np.zeros(self.parameters[name.rpartition("/")[0]].shape, np.float32) for name in names}
+
+    def moments(self):
+        return self._moments
+
+    def zero_grad(self):
+        for variable in self.parameters.values():
+            variable.grad.zero()
+
+    def _update(self):
+        arrays = [
+            (
+                variable.data.get_data("rw", np.float32).reshape(-1),
+                variable.grad.get_data("r", np.float32).reshape(-1),
+                self._moments[f"{name}/mean"].reshape(-1),
+                self._moments[f"{name}/var"].reshape(-1),
+            )
+            for name, variable in self.parameters.items()
+        ]
+        kernels.adam(arrays, self.step, self.lr, self.beta1, self.beta2, self.eps, self.weight_decay)
+
+
+def Adam(parameters, lr=1e-3, weight_decay=0.0):
+    """Adam (Kingma & Ba 2015) with eps added after the bias correction, as in torch; β 0.9 and 0.999, eps 1e-8.
+
+    Args:
+        parameters: dict of name to variable, as from ``nn.get_parameters()``
+        lr: learning rate; the attribute `lr` may be changed between updates
+        weight_decay: times the parameter is added to its gradient
+    """
+    return (_FastAdam if utils.fast() else _PlainAdam)(parameters, lr, weight_decay)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import data
 import functions
+import kernels
 import utils
 import weights
 from args import train_parser
@@ -194,6 +195,8 @@ def main(argv=None):
 
     context = utils.extension_context(args["context"], args["device_id"])
     nn.set_default_context(context)
+    utils.set_plain(args["plain"])
+    kernels.set_threads(args["threads"])
     print(f"Training {target} on {context.backend[0].split(':')[0]}", flush=True)
 
     # data; the statistics come first, from tracks that nothing else reads meanwhile

@@ -213,3 +213,19 @@ def extension_context(name=None, device_id="0"):
         finally:
             nn.logger.disabled = disabled
     return get_extension_context("cpu")
+
+
+_plain = False
+
+
+def set_plain(plain):
+    """Use NNabla's native functions everywhere, also where there are faster ones of our own."""
+    global _plain
+    _plain = plain
+
+
+def fast():
+    """The one place that chooses the form of graph functions and solver: fast on the CPU, plain elsewhere."""
+    import nnabla as nn
+
+    return not _plain and nn.get_current_context().backend[0].startswith("cpu")

@@ -2,6 +2,7 @@ import nnabla as nn
 import numpy as np
 import pytest
 
+import kernels
 import synthesize
 
 
@@ -12,6 +13,8 @@ def fresh_parameters():
     nn.set_default_context(nn.Context(["cpu:float"], "CpuCachedArray"))
     nn.random.prng = np.random.RandomState(0)
     nn.random.set_function_seed(0)
+    yield
+    kernels.set_threads(None)
 
 
 @pytest.fixture(scope="session")

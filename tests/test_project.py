@@ -10,7 +10,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 LEVELS = (
     {"args", "utils", "kernels"},
-    {"functions", "solvers", "filtering", "data", "weights", "synthesize"},
+    {"functions", "solvers", "filtering", "data", "weights", "pretrained", "synthesize"},
     {"model"},
     {"train", "separate"},
     {"evaluate"},

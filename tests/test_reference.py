@@ -32,10 +32,12 @@ def files(kind):
     return sorted(GOLDEN.glob(f"golden_{kind}*.npz")) + (sorted(Path(live).rglob(f"{kind}*.npz")) if live else [])
 
 
-@pytest.fixture(scope="module", params=[pytest.param(True, id="plain")])
+@pytest.fixture(scope="module", params=["plain", "fast"])
 def plain(request):
-    """Which of the graph functions are compared: those of native NNabla."""
-    return request.param
+    """Both forms of the graph functions and the solver are compared with the reference."""
+    utils.set_plain(request.param == "plain")
+    yield
+    utils.set_plain(False)
 
 
 @pytest.fixture(scope="module")

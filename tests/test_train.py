@@ -10,6 +10,7 @@ import pytest
 
 import args
 import data
+import kernels
 import train
 import weights
 
@@ -148,6 +149,7 @@ WEIGHTS = {
     "bandwidth": ["--bandwidth", "5000"],
     "nb_channels": ["--nb-channels", "1"],
     "unidirectional": ["--unidirectional"],
+    "plain": ["--plain"],
 }
 # Those whose effect is tested elsewhere in this file, by the test named, or cannot be.
 ELSEWHERE = {
@@ -161,6 +163,7 @@ ELSEWHERE = {
     "context": "test_bad_input",
     "device_id": "cannot be tested without a GPU: it names one of several",
     "quiet": "test_quiet",
+    "threads": "test_threads",
     "nb_workers": "test_workers_prepare_batches",
     "patience": "test_schedule",
     "lr_decay_patience": "test_schedule",
@@ -227,6 +230,26 @@ def test_workers_prepare_batches(songs, tmp_path, base, monkeypatch):
     run(songs, tmp_path, "--nb-workers", "2")
     assert pools == [2]
     assert_same_state(tmp_path, base[0])
+
+
+def test_threads(songs, tmp_path, base):
+    """Bit-identical for the same number of threads, and equal but for rounding for another."""
+    run(songs, tmp_path / "one", "--threads", "1")
+    assert kernels.get_threads() == 1
+    run(songs, tmp_path / "again", "--threads", "1")
+    assert_same_state(tmp_path / "one", tmp_path / "again")
+    run(songs, tmp_path / "three", "--threads", "3")
+    assert kernels.get_threads() == 3
+    one, three = state(tmp_path / "one"), state(tmp_path / "three")
+    for name in one:
+        if not name.endswith("input_mean"):  # whose gradient is rounding noise
+            np.testing.assert_allclose(one[name], three[name], atol=1e-4 * np.abs(one[name]).max(), err_msg=name)
+
+
+def test_plain_functions_train_alike(songs, tmp_path, base):
+    log = run(songs, tmp_path, "--plain")
+    for key in ("train_loss_history", "valid_loss_history"):
+        np.testing.assert_allclose(log[key], base[1][key], rtol=0.05)  # dropout draws other units
 
 
 def test_quiet(songs, tmp_path, capsys):

@@ -1,0 +1,190 @@
+"""The multichannel Wiener filter: from magnitude estimates of the sources and a mixture to complex spectra.
+
+`wiener` and `residual_model` are drop-ins for those of norbert 0.2.1, in its layout (nb_frames, nb_bins,
+nb_channels, nb_sources). `separate` is the same filter in the layout of the network and of the inverse STFT,
+bins last, with the conventions of openunmix.filtering 1.3.0. Arrays in, arrays out; inputs are never modified.
+"""
+
+import operator
+
+import numpy as np
+
+import kernels
+
+
+def separate(v, x, iterations=1, softmask=False, residual=False, eps=1e-10, out=None):
+    """Source spectra by the multichannel Wiener filter, as openunmix.filtering.wiener computes them.
+
+    The first estimates y_j have the magnitudes v_j and the phases of the mixture x; or, with a soft mask, are
+    y_j = v_j / (eps + Σ_i v_i) · x. A residual x − Σ_j y_j can be appended to them.
+
+    Then each iteration of an expectation maximization (EM) models the sources as Gaussian: in frame t and bin
+    f, source j has the covariance p_j R_j, with the power p_j(t, f) = mean of |y_j|² over channels and a spatial
+    covariance matrix that does not depend on t,
+
+        R_j(f) = Σ_t y_j y_jᴴ / (eps + Σ_t p_j).
+
+    Given the mixture, the expected source, which becomes the new estimate, is
+
+        y_j = p_j R_j (Σ_i p_i R_i + √eps · 1)⁻¹ x.
+
+    So the estimates sum to the mixture but for what the regularisation √eps takes away. It is meant for
+    mixtures of at most 10: a larger one, of maximum 10 s, is filtered as if it were divided by s. There is no
+    need to divide: dividing all of x and y by s amounts to multiplying eps and √eps above by s².
+
+    Where the mixture is zero, the first estimates have phase zero, and later ones are zero. (The reference
+    replaces such a mixture by one; that is not copied.)
+
+    Args:
+        v: non-negative magnitudes (nb_sources, nb_frames, nb_channels or 1, nb_bins)
+        x: complex mixture (nb_channels, nb_frames, nb_bins); complex64 is filtered in single precision and
+            everything else in double. One or two channels are fast, more are not.
+        iterations: of the EM; 0 returns the first estimates
+        softmask: whether to start from a soft mask
+        residual: whether to append a source, what the estimates leave of the mixture
+        eps: regularisation; None for the precision of x, as in norbert
+        out: C-contiguous array for the result, of its shape and type
+    Returns:
+        (nb_sources, nb_channels, nb_frames, nb_bins) complex; one source more with a residual
+    Raises:
+        ValueError: shapes or types do not fit, or iterations or eps are negative.
+
+    Based on S. Uhlich et al., "Improving music source separation based on deep neural networks through data
+    augmentation and network blending", ICASSP 2017, and A. Nugraha, A. Liutkus and E. Vincent, "Multichannel music
+    separation with deep neural networks", EUSIPCO 2016.
+
+    >>> v = np.ones((4, 30, 2, 65), np.float32)  # 4 sources, 30 frames, 2 channels, 65 bins
+    >>> x = np.full((2, 30, 65), 3 + 4j, np.complex64)
+    >>> separate(v, x).shape
+    (4, 2, 30, 65)
+    """
+    v, x = np.asarray(v), np.asarray(x)
+    if v.ndim != 4 or x.ndim != 3 or v.shape[1::2] != x.shape[1:] or v.shape[2] not in (1, x.shape[0]):
+        raise ValueError(
+            f"v of shape {v.shape} and x of shape {x.shape}: expected (nb_sources, nb_frames, nb_channels or 1, "
+            "nb_bins) and (nb_channels, nb_frames, nb_bins)"
+        )
+    _check_types(v, x)
+    if operator.index(iterations) < 0:
+        raise ValueError(f"{iterations} iterations: the number cannot be negative")
+    x = np.ascontiguousarray(x, np.complex64 if x.dtype == np.complex64 else np.complex128)
+    v = np.ascontiguousarray(v, x.real.dtype)
+    if eps is None:
+        eps = np.finfo(x.dtype).eps
+    if not eps >= 0:
+        raise ValueError(f"eps {eps}: it cannot be negative")
+    nb_channels, nb_frames, nb_bins = x.shape
+    shape = (len(v) + bool(residual), nb_channels, nb_frames, nb_bins)
+    if out is None:
+        out = np.empty(shape, x.dtype)
+    elif out.shape != shape or out.dtype != x.dtype or not out.flags.c_contiguous:
+        raise ValueError(
+            f"out of shape {out.shape} and type {out.dtype}: expected {shape} and {x.dtype}, C-contiguous, for v of "
+            f"shape {v.shape} and x of shape {x.shape}"
+        )
+    weight, noise = eps, np.sqrt(eps)
+    if nb_channels == 1:
+        noise += eps  # norbert does so; without it, as in the reference, nothing changes at 1e-10
+    if iterations > 0:
+        square = max(1.0, kernels.peak(x) / 10) ** 2
+        weight, noise = weight * square, noise * square
+    run = kernels.wiener if nb_channels <= 2 else _any_number_of_channels
+    run(v, x, iterations, softmask, residual, float(eps), float(weight), float(noise), out)
+    return out
+
+
+def wiener(v, x, iterations=1, use_softmask=True, eps=None):
+    """Source spectra by the multichannel Wiener filter: a drop-in for norbert.wiener.
+
+    Unlike norbert's, it does not modify x, and a complex64 mixture gives complex64 estimates. `separate` says
+    what is computed.
+
+    Args:
+        v: non-negative magnitudes (nb_frames, nb_bins, nb_channels or 1, nb_sources)
+        x: complex mixture (nb_frames, nb_bins, nb_channels)
+        iterations: of the EM; 0 returns the first estimates
+        use_softmask: whether to start from a soft mask rather than from v with the mixture's phases
+        eps: regularisation; None for the precision of x
+    Returns:
+        (nb_frames, nb_bins, nb_channels, nb_sources) complex
+    Raises:
+        ValueError: shapes or types do not fit, or iterations or eps are negative.
+
+    >>> v = np.ones((30, 65, 2, 4))  # 30 frames, 65 bins, 2 channels, 4 sources
+    >>> x = np.full((30, 65, 2), 3 + 4j)
+    >>> wiener(v, x).shape
+    (30, 65, 2, 4)
+    """
+    v, x = _check_layout(v, x)
+    y = separate(v.transpose(3, 0, 2, 1), x.transpose(2, 0, 1), iterations, use_softmask, eps=eps)
+    return y.transpose(2, 3, 1, 0)
+
+
+def residual_model(v, x, alpha=1):
+    """Append the magnitudes of a residual to those of the sources: a drop-in for norbert.residual_model.
+
+    The residual is what the sum of v leaves of |x|**alpha, or zero where it leaves nothing. In the result, the
+    sources are scaled, per bin and channel, such that their sum fits |x|**alpha best in the sense of least
+    squares; like norbert's, the residual is that of the sources before scaling.
+
+    `separate(…, residual=True)` has another notion of a residual, that of openunmix: complex, and only
+    after the first estimates.
+
+    Args:
+        v: non-negative magnitudes to the power alpha (nb_frames, nb_bins, nb_channels or 1, nb_sources)
+        x: complex mixture (nb_frames, nb_bins, nb_channels)
+        alpha: exponent of v
+    Returns:
+        (nb_frames, nb_bins, nb_channels, nb_sources + 1)
+    Raises:
+        ValueError: shapes or types do not fit.
+
+    >>> residual_model(np.ones((30, 65, 1, 4)), np.full((30, 65, 2), 3 + 4j))[0, 0, 0]
+    array([1.25, 1.25, 1.25, 1.25, 1.  ])
+    """
+    v, x = _check_layout(v, x)
+    _check_types(v, x)
+    if not np.issubdtype(v.dtype, np.floating):
+        v = v.astype(x.real.dtype)
+    eps = np.finfo(v.dtype).eps  # against division by zero
+    mixture = np.maximum(eps, np.abs(x) ** alpha)
+    total = v.sum(axis=-1)
+    gain = (mixture * total).sum(axis=0) / (eps + (total**2).sum(axis=0))
+    residual = np.maximum(0, mixture - total)
+    return np.concatenate([v * gain[..., None], residual[..., None]], axis=-1)
+
+
+def _check_layout(v, x):
+    """Both as arrays; ValueError unless they have the shapes of norbert's layout."""
+    v, x = np.asarray(v), np.asarray(x)
+    if v.ndim != 4 or x.ndim != 3 or v.shape[:2] != x.shape[:2] or v.shape[2] not in (1, x.shape[2]):
+        raise ValueError(
+            f"v of shape {v.shape} and x of shape {x.shape}: expected (nb_frames, nb_bins, nb_channels or 1, "
+            "nb_sources) and (nb_frames, nb_bins, nb_channels)"
+        )
+    return v, x
+
+
+def _check_types(v, x):
+    if np.iscomplexobj(v) or not np.iscomplexobj(x):
+        raise ValueError(f"v of type {v.dtype} and x of type {x.dtype}: expected real magnitudes, a complex mixture")
+
+
+def _any_number_of_channels(v, x, iterations, softmask, residual, eps, weight, noise, out):
+    """What `kernels.wiener` computes, for any number of channels, by NumPy; for large arrays slow.
+
+    Singular values below eps times the largest count as zero in the inverse, as in norbert.
+    """
+    v = v.transpose(0, 2, 1, 3).astype(np.float64)  # like out
+    x = x.astype(np.complex128)
+    y = v / (eps + v.sum(axis=0)) * x if softmask else v * np.exp(1j * np.angle(x))
+    if residual:
+        y = np.concatenate([y, [x - y.sum(axis=0)]])
+    noise = noise * np.eye(len(x))
+    for _ in range(iterations):
+        p = np.mean(np.abs(y) ** 2, axis=1)
+        R = np.einsum("jatf,jbtf->jfab", y, y.conj()) / (weight + p.sum(axis=1))[..., None, None]
+        for t in range(x.shape[1]):
+            inverse = np.linalg.pinv(np.einsum("jf,jfab->fab", p[:, t], R) + noise, eps, hermitian=True)
+            y[:, :, t] = np.einsum("jf,jfab,fbc,cf->jaf", p[:, t], R, inverse, x[:, t], optimize=True)
+    out[:] = y

@@ -1,0 +1,381 @@
+"""The fast graph functions against their plain form, and the kernels against float64."""
+
+import nnabla as nn
+import nnabla.functions as F
+import numba
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import functions
+import kernels
+import solvers
+import utils
+
+SIZES = st.fixed_dictionaries(
+    {
+        "T": st.integers(1, 9), "N": st.integers(1, 11), "C": st.integers(1, 2), "F": st.integers(1, 40),
+        "H": st.integers(1, 40), "seed": st.integers(0, 10**6), "test": st.booleans(), "threads": st.integers(1, 3),
+    }
+)  # fmt: skip
+shapes = settings(max_examples=25, deadline=None, derandomize=False)
+
+
+def variables(**arrays):
+    return {name: nn.Variable.from_numpy_array(np.array(a, np.float32)) for name, a in arrays.items()}
+
+
+def run(build, arrays, fixed, dy, plain, times=1):
+    """Output and gradients of build(**variables) in one of the forms; `times` > 1 adds the gradients up.
+
+    What `build` needs as parameters it finds, by the names of `arrays`, in the parameter scope.
+    """
+    nn.clear_parameters()
+    v = variables(**arrays)
+    for name, variable in v.items():
+        variable.need_grad = name not in fixed
+        if "/" in name:
+            nn.parameter.set_parameter(name, variable)
+    utils.set_plain(plain)
+    try:
+        y = build(**{name: variable for name, variable in v.items() if "/" not in name})
+    finally:
+        utils.set_plain(False)
+    for variable in v.values():
+        if variable.need_grad:
+            variable.grad.zero()
+    for _ in range(times):
+        y.forward(clear_no_need_grad=True)
+        value = y.d.copy()
+        y.backward(dy, clear_buffer=True)
+    gradients = {f"gradient of {name}": x.g.copy() for name, x in v.items() if x.need_grad}
+    return {"y": value, **gradients, **{name: x.d.copy() for name, x in v.items() if name.endswith(("/mean", "/var"))}}
+
+
+def assert_close(actual, expected, tolerance):
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        scale = max(np.abs(expected[name]).max(), 0.1)  # numbers of size 1 may happen to cancel
+        error = np.abs(actual[name] - expected[name]).max() / scale
+        assert error < tolerance, f"{name}: {error}"
+
+
+def compare(build, arrays, shape, rng, fixed=(), tolerance=2e-5):
+    """Both forms agree; and gradients of two backward passes add up."""
+    dy = rng.standard_normal(shape).astype(np.float32)
+    got = run(build, arrays, fixed, dy, plain=False)
+    assert_close(got, run(build, arrays, fixed, dy, plain=True), tolerance)
+    twice = run(build, arrays, fixed, dy, plain=False, times=2)
+    for name in got:
+        if name.startswith("gradient"):
+            np.testing.assert_allclose(twice[name], 2 * got[name], rtol=1e-4, atol=1e-4 * np.abs(got[name]).max())
+
+
+def numbers(rng, *shape, scale=1.0):
+    return (scale * rng.standard_normal(shape)).astype(np.float32)
+
+
+def draw(sizes):
+    kernels.set_threads(sizes["threads"])
+    return np.random.default_rng(sizes["seed"]), *(sizes[k] for k in "TNCFH")
+
+
+@shapes
+@given(
+    SIZES, st.sampled_from([1, 2, 1.5]), st.booleans(), st.booleans(), st.sampled_from([(64, 16), (60, 15), (32, 9)])
+)
+def test_spectrogram(sizes, power, center, mono, transform):
+    rng, T, N, C, _, _ = draw(sizes)
+    n_fft, n_hop = transform
+    x = numbers(rng, N, C, n_fft + 30 * T)
+    got = functions.spectrogram(nn.Variable.from_numpy_array(x), n_fft, n_hop, center, power, mono)
+    got.forward()
+    pad = n_fft // 2 if center else 0
+    padded = np.pad(x.astype(np.float64), [(0, 0), (0, 0), (pad, pad)], mode="reflect")
+    frames = np.lib.stride_tricks.sliding_window_view(padded, n_fft, axis=2)[:, :, ::n_hop]
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)
+    truth = (np.abs(np.fft.rfft(frames * window)) ** power).transpose(2, 0, 1, 3)
+    truth = truth.mean(2, keepdims=True) if mono else truth
+    assert_close({"y": got.d}, {"y": truth}, 2e-6)
+
+
+def test_spectrogram_of_audio_that_needs_a_gradient():
+    """The fast form has none; so the plain one steps in, and agrees."""
+    x = nn.Variable.from_numpy_array(numbers(np.random.default_rng(0), 2, 2, 1000))
+    fixed = functions.spectrogram(x, 64, 16)
+    x.need_grad = True
+    moving = functions.spectrogram(x, 64, 16)
+    nn.forward_all([fixed, moving])
+    assert_close({"y": fixed.d}, {"y": moving.d}, 1e-5)
+    x.grad.zero()
+    moving.backward(1)
+    assert np.abs(x.g).max() > 0
+
+
+@shapes
+@given(SIZES)
+def test_input_affine(sizes):
+    rng, T, N, C, n, H = draw(sizes)
+    B = rng.integers(1, n + 1)
+    arrays = {
+        "x": np.abs(numbers(rng, T, N, C, n)),
+        "mean": numbers(rng, B),
+        "scale": numbers(rng, B),
+        "fc/affine/W": numbers(rng, C * B, H),
+    }
+    compare(lambda **v: functions.input_affine(**v, n_outmaps=H, name="fc"), arrays, (T, N, H), rng)
+
+
+def bn_arrays(rng, K):
+    shape = (1, 1, K)
+    arrays = {name: numbers(rng, *shape) for name in ("beta", "gamma", "mean")}
+    arrays["var"] = rng.uniform(0.5, 2, shape)
+    return {f"fc/bn/{name}": array for name, array in arrays.items()}
+
+
+BN_FIXED = ("fc/bn/mean", "fc/bn/var")
+
+
+@shapes
+@given(SIZES, st.sampled_from([F.identity, F.tanh, F.relu, F.sigmoid]))
+def test_batch_normalization(sizes, activation):
+    rng, T, N, _, _, H = draw(sizes)
+    T += 8  # with few rows the gradient nearly vanishes, and rounding stands out
+    arrays = {"x": 3 + numbers(rng, T, N, H), **bn_arrays(rng, H)}
+
+    def build(x):
+        return functions.batch_normalization(x, activation, sizes["test"], "fc")
+
+    compare(build, arrays, (T, N, H), rng, BN_FIXED, tolerance=5e-5)
+
+
+@shapes
+@given(SIZES)
+def test_mask(sizes):
+    rng, T, N, C, n, _ = draw(sizes)
+    T += 8
+    arrays = {
+        "z": numbers(rng, T, N, C * n),
+        "scale": numbers(rng, n),
+        "mean": numbers(rng, n),
+        "mixture": np.abs(numbers(rng, T, N, C, n)),
+        **bn_arrays(rng, C * n),
+    }
+    build = lambda **v: functions.mask(**v, test=sizes["test"], name="fc")  # noqa: E731
+    compare(build, arrays, (T, N, C, n), rng, (*BN_FIXED, "mixture"), tolerance=5e-5)
+
+
+def lstm_arrays(rng, inputs, H, nb_layers, D):
+    arrays = {}
+    for k in range(nb_layers):
+        arrays[f"lstm/weight_l{k}"] = numbers(rng, D, 4, H, inputs + H, scale=(inputs + H) ** -0.5)
+        arrays[f"lstm/bias_ih_l{k}"] = numbers(rng, D, 4, H)
+        arrays[f"lstm/bias_hh_l{k}"] = numbers(rng, D, 4, H)
+        inputs = D * H
+    return arrays
+
+
+@shapes
+@given(SIZES, st.integers(1, 3), st.booleans())
+def test_lstm(sizes, nb_layers, bidirectional):
+    rng, T, N, _, K, H = draw(sizes)
+    D = 2 if bidirectional else 1
+    arrays = {"x": numbers(rng, T, N, K), **lstm_arrays(rng, K, H, nb_layers, D)}
+
+    def build(x):  # test=False: nnabla's own has a way back only then
+        return functions.lstm(x, H, nb_layers, bidirectional, 0.0, False, "lstm")
+
+    compare(build, arrays, (T, N, D * H), rng)
+
+
+def test_lstm_has_a_way_back_in_test_mode():
+    rng = np.random.default_rng(0)
+    arrays = {"x": numbers(rng, 7, 3, 4), **lstm_arrays(rng, 4, 5, 2, 2)}
+    dy = numbers(rng, 7, 3, 10)
+    results = [
+        run(lambda x: functions.lstm(x, 5, 2, True, 0.0, test, "lstm"), arrays, (), dy, plain=False)  # noqa: B023
+        for test in (False, True)
+    ]
+    assert_close(results[1], results[0], 1e-6)
+
+
+def float64_lstm(x, weights, biases, masks):
+    """The formula, layer by layer; complex numbers pass, for derivatives."""
+    sigmoid = lambda v: 1 / (1 + np.exp(-v))  # noqa: E731
+    for k, (weight, bias) in enumerate(zip(weights, biases)):
+        x = x * masks[k]
+        D, _, H, _ = weight.shape
+        out = np.zeros(x.shape[:2] + (D * H,), x.dtype)
+        for d in range(D):
+            h = c = np.zeros((x.shape[1], H), x.dtype)
+            for t in range(len(x))[:: -1 if d else 1]:
+                i, f, g, o = np.einsum("ni,ghi->gnh", np.concatenate([x[t], h], 1), weight[d]) + bias[d][:, None]
+                c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+                h = sigmoid(o) * np.tanh(c)
+                out[t, :, d * H : (d + 1) * H] = h
+        x = out
+    return x
+
+
+@pytest.mark.parametrize("D, N", [(1, 1), (2, 3)])
+def test_lstm_with_dropout_against_float64(D, N):
+    T, K, H, layers, seed = 12, 5, 7, 3, 11
+    rng = np.random.default_rng(0)
+    arrays = lstm_arrays(rng, K, H, layers, D)
+    x, dy = numbers(rng, T, N, K), numbers(rng, T, N, D * H)
+    weights = [arrays[f"lstm/weight_l{k}"] for k in range(layers)]
+    biases = [arrays[f"lstm/bias_ih_l{k}"] for k in range(layers)]
+    out, dx, dweights = np.empty_like(dy), np.empty_like(x), [np.empty_like(w) for w in weights]
+    stack = kernels.Lstm()
+    stack.forward(x, weights, biases, 0.4, seed, out, keep=True)
+    dbiases = stack.backward(x, weights, dy, dx, dweights, [False] * 4)
+
+    masks = [np.ones(())]
+    for k in range(1, layers):
+        ones = np.ones(out.size, np.float32)
+        kernels.dropout(ones, 0.4, seed, k, ones)
+        masks.append(ones.reshape(out.shape).astype(np.float64))
+    truth = [x, *weights, *biases]
+    assert_close({"y": out}, {"y": float64_lstm(x.astype(float), weights, biases, masks)}, 1e-6)
+    for number, gradient in enumerate([dx, *dweights, *dbiases]):
+        for index in rng.integers(gradient.size, size=12):  # f'(v) = imag f(v + ih) / h, exactly
+            shifted = [a.astype(complex) for a in truth]
+            shifted[number].flat[index] += 1e-20j
+            y = float64_lstm(shifted[0], shifted[1 : 1 + layers], shifted[1 + layers :], masks)
+            derivative = (y.imag / 1e-20 * dy).sum()
+            assert abs(gradient.flat[index] - derivative) < 5e-6 * np.abs(gradient).max()
+
+
+def test_dropout():
+    ones = np.ones(10**6, np.float32)
+    masks = []
+    for threads, seed, layer in [(1, 5, 1), (3, 5, 1), (1, 5, 2), (1, 6, 1)]:
+        kernels.set_threads(threads)
+        out = np.empty_like(ones)
+        kernels.dropout(ones, 0.4, seed, layer, out)
+        kept = out != 0
+        assert abs(kept.mean() - 0.6) < 3e-3
+        assert np.allclose(out[kept], 1 / 0.6)
+        masks.append(kept)
+    assert (masks[0] == masks[1]).all()
+    for other in masks[2:]:  # independent: both kept with 0.36
+        assert abs((masks[0] & other).mean() - 0.36) < 3e-3
+    assert abs((masks[0][1:] & masks[0][:-1]).mean() - 0.36) < 3e-3
+
+
+def test_dropout_seed_comes_from_nnabla():
+    x = nn.Variable.from_numpy_array(numbers(np.random.default_rng(0), 5, 3, 4))
+    y = functions.lstm(x, 6, 2, True, 0.4, False, "lstm")
+    values = []
+    for seed in (1, 1, 2):
+        nn.random.prng = np.random.RandomState(seed)
+        y.forward()
+        values.append(y.d.copy())
+    assert (values[0] == values[1]).all() and (values[0] != values[2]).any()
+
+
+@shapes
+@given(SIZES, st.integers(1, 3))
+def test_affine(sizes, nb_inputs):
+    rng, T, N, _, n, H = draw(sizes)
+    widths = rng.integers(1, n + 1, nb_inputs)
+    arrays = {f"x{i}": numbers(rng, T, N, width) for i, width in enumerate(widths)}
+    arrays["fc/affine/W"] = numbers(rng, sum(widths), H)
+    compare(lambda **x: functions.affine(list(x.values()), H, "fc"), arrays, (T, N, H), rng)
+
+
+@shapes
+@given(SIZES)
+def test_squared_error(sizes):
+    rng, T, N, C, n, _ = draw(sizes)
+    arrays = {"y_hat": numbers(rng, T, N, C, n), "y": numbers(rng, T, N, C, n)}
+    compare(functions.squared_error, arrays, (), rng)
+
+
+def test_squared_error_is_exact():
+    a, b = (np.random.default_rng(i).random(3_000_000, np.float32) for i in range(2))
+    truth = ((a.astype(np.float64) - b) ** 2).mean()
+    assert abs(kernels.squared_error(a, b) / truth - 1) < 1e-9
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adam_is_torch_s(decay, plain, monkeypatch):
+    monkeypatch.setattr(utils, "_plain", plain)
+    rng = np.random.default_rng(0)
+    start = numbers(rng, 1000)
+    v = nn.Variable.from_numpy_array(start, need_grad=True)
+    solver = solvers.Adam({"v": v}, 1e-2, decay)
+    w, m, s = start.astype(np.float64), 0, 0
+    for step in range(1, 6):
+        g = numbers(rng, 1000, scale=1e-7 if decay == 0 else 1.0)
+        v.g = g
+        solver.update()
+        if step == 3:  # goes on from its state
+            state, solver = solver.get_state(), solvers.Adam({"v": v}, 1e-2, decay)
+            solver.set_state(state)
+        g = g + decay * w
+        m, s = 0.9 * m + 0.1 * g, 0.999 * s + 0.001 * g**2
+        w = w - 1e-2 * (m / (1 - 0.9**step)) / (np.sqrt(s / (1 - 0.999**step)) + 1e-8)
+    np.testing.assert_allclose(v.d, w, atol=1e-6)
+
+
+def test_same_threads_same_bits_other_threads_same_rounding():
+    rng = np.random.default_rng(0)
+    arrays = {"x": numbers(rng, 30, 6, 20), **lstm_arrays(rng, 20, 24, 2, 2), **bn_arrays(rng, 48)}
+
+    def build(x):
+        h = functions.lstm(x, 24, 2, True, 0.4, False, "lstm")
+        h = functions.batch_normalization(h, F.tanh, False, "fc")
+        return functions.squared_error(h, nn.Variable.from_numpy_array(np.zeros(h.shape)))
+
+    results = []
+    for threads in (1, 1, 2, 2, 5):
+        kernels.set_threads(threads)
+        nn.random.prng = np.random.RandomState(0)
+        results.append(run(build, arrays, BN_FIXED, 1, plain=False))
+    for a, b in ((0, 1), (2, 3)):
+        assert all((results[a][name] == results[b][name]).all() for name in results[0])
+    for other in results[2:]:
+        assert_close(other, results[0], 1e-5)
+
+
+def test_nan_stays_visible():
+    arrays = bn_arrays(np.random.default_rng(0), 5)
+    arrays["x"] = numbers(np.random.default_rng(0), 4, 3, 5)
+    arrays["x"][0, 0, 0] = np.nan
+    for activation in (F.tanh, F.relu):
+        build = lambda x: functions.batch_normalization(x, activation, True, "fc")  # noqa: B023, E731
+        y = run(build, arrays, BN_FIXED, 1, plain=False)["y"]
+        assert np.isnan(y[0, 0, 0]) and np.isnan(y).sum() == 1
+
+
+def test_tanh_and_sigmoid():
+    f = numba.vectorize(["float32(float32)"])(lambda x: kernels._tanh(x))
+    x = np.linspace(-12, 12, 100001).astype(np.float32)
+    assert np.abs(f(x) - np.tanh(x.astype(np.float64))).max() < 4e-7
+
+
+def test_product_of_views():
+    rng = np.random.default_rng(0)
+    a, b = numbers(rng, 50, 70), numbers(rng, 60, 80)
+    for threads in (1, 2, 7):
+        kernels.set_threads(threads)
+        for left, right in (
+            (a[:, :40], b[:40, 3:33]),
+            (a[:20].T, b[3:23]),
+            (a[:, 5:6], b[:1]),
+            (a[:1], b.T[:70, :9]),
+            (a[:1, :1], b[:1]),
+        ):
+            out = np.ones((left.shape[0] + 2, right.shape[1] + 3), np.float32)
+            view = out[1:-1, 1:-2]
+            kernels.matmul(left, right, view)
+            np.testing.assert_allclose(view, left @ right, atol=1e-4)
+            kernels.matmul(left, right, view, accumulate=True)
+            np.testing.assert_allclose(view, 2 * (left @ right), atol=1e-4)
+            view[:] = 1
+            assert (out == 1).all()
+    with pytest.raises(ValueError):
+        kernels.matmul(a, b, np.empty((50, 80), np.float32))
