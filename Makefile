@@ -3,12 +3,13 @@ SHELL := /bin/bash
 PYTHON = .venv/bin/python
 REFERENCE = .venv-reference/bin/python
 
-.PHONY: help setup demo test lint reference clean
+.PHONY: help setup demo test lint reference bench clean
 
 help:
-	@echo "make demo       synthesize songs, train a bass model on them"
+	@echo "make demo       synthesize songs, train a bass model on them, separate: demo/index.html"
 	@echo "make test       all tests (make lint: style)"
 	@echo "make reference  the comparison with torch's openunmix, live (a second environment, 1 GB)"
+	@echo "make bench      speed and memory against torch and native NNabla, into docs/performance.md (10 minutes)"
 	@echo "make setup      only the environment, in .venv"
 
 setup: .venv/installed
@@ -39,6 +40,7 @@ lint: setup
 demo: setup demo/songs
 	$(PYTHON) train.py --context cpu --target bass --root demo/songs --is-wav --output demo/model \
 	  --hidden-size 128 --seq-dur 3 --batch-size 8 --samples-per-track 40 --epochs 12 --nb-workers 1
+	$(PYTHON) demo.py --songs demo/songs --model demo/model --outdir demo
 
 demo/songs:
 	$(PYTHON) synthesize.py $@
@@ -59,7 +61,11 @@ reference: setup .venv-reference/installed
 	rm -rf build/reference
 	$(PYTHON) synthesize.py build/reference/songs --train 3 --valid 1 --test 0 --duration 8 --quiet
 	$(REFERENCE) tests/reference/make_cases.py build/reference/cases --root build/reference/songs
-	OPENUNMIX_REFERENCE=build/reference/cases $(PYTHON) -m pytest -q tests/test_reference.py
+	$(REFERENCE) tests/reference/make_stems.py build/reference/cases --live
+	OPENUNMIX_REFERENCE=build/reference/cases $(PYTHON) -m pytest -q tests/test_reference.py tests/test_separate.py
+
+bench: setup .venv-reference/installed
+	$(PYTHON) benchmarks/bench.py
 
 clean:
 	rm -rf .venv .venv-reference build demo

@@ -124,7 +124,7 @@ def add_separation_options(parser):
     group.add_argument("--wiener-win-len", type=COUNT, default=300, help="frames filtered together; 0: all")
     group.add_argument("--residual", metavar="NAME", help="one more stem: the mixture less all estimates")
     group.add_argument("--aggregate", metavar="JSON", help='stems to add up, as {"rest": ["drums", "bass"]}')
-    group.add_argument("--segment", type=number(float, 30), default=600.0, help="longer recordings are cut, in seconds")
+    group.add_argument("--segment", type=number(float, 30), default=480.0, help="longer recordings are cut, in seconds")
 
 
 def separate_parser():
@@ -146,4 +146,15 @@ def weights_parser():
     parser.add_argument("src", help="file or model folder: ours, Sony's NNabla, or openunmix's")
     parser.add_argument("dst", help="file (.h5 or .pth), or a folder if SRC is one")
     parser.add_argument("--to", choices=("h5", "pth"), help="format of a folder's weights; default: the other one")
+    return parser
+
+
+def demo_parser():
+    parser = Parser(prog="demo.py", description="Write a page to look at and listen to what a model has learnt.")
+    parser.add_argument("--songs", default="demo/songs", help="folder in MUSDB18-HQ's layout; those in test/ are used")
+    parser.add_argument("--model", default="demo/model", help="folder of a trained model")
+    parser.add_argument(
+        "--outdir", default="demo", help="the page is OUTDIR/index.html, its files are in OUTDIR/media/"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser

@@ -999,6 +999,14 @@ def stft(x, n_fft, n_hop, start, stop):
     return out
 
 
+def magnitude(spectra, mono):
+    """Magnitude of complex64 spectra (C, T, F) in the network's layout, (T, 1, 1 if mono else C, F)."""
+    nb_channels, nb_frames, nb_bins = spectra.shape
+    out = np.empty((nb_frames, 1, 1 if mono else nb_channels, nb_bins), np.float32)
+    _magnitude(spectra, 1, mono, out, 0, 0)
+    return out
+
+
 @kernel
 def _overlap_add(frames: IN(2), window: IN(1), n_hop: INT, out: OUT(1), start: INT):
     for t in range(len(frames)):

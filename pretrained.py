@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pooch
+from requests.exceptions import ConnectionError as NoConnection
 
 import utils
 from utils import UsageError
@@ -63,9 +64,8 @@ MODELS = {
 }
 
 
-def _is_whole(path):
-    digits = path.stem[-8:]
-    return pooch.file_hash(path, alg="sha256").startswith(digits)
+def _is_published(path, name):
+    return pooch.file_hash(path, alg="sha256").startswith(Path(name).stem[-8:])
 
 
 def fetch(name, targets=None, model_dir=None, quiet=True):
@@ -83,24 +83,22 @@ def fetch(name, targets=None, model_dir=None, quiet=True):
     if unknown := [target for target in targets or () if target not in published.files]:
         raise UsageError(f"{name} has no target {', '.join(unknown)}: it has {', '.join(published.files)}")
     paths = {target: folder / published.files[target] for target in targets or published.files}
-    missing = [path for path in paths.values() if not path.exists()]
-    for path in missing:
+    for path in paths.values():
+        if path.exists():
+            if not _is_published(path, path.name):
+                raise UsageError(f"{path} is damaged: its SHA-256 is not that in its name; delete it")
+            continue
         url = f"{published.url}/{path.name}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with utils.atomic_path(path) as temporary:
                 pooch.HTTPDownloader(progressbar=not quiet)(url, temporary, None)
-                if not pooch.file_hash(temporary, alg="sha256").startswith(path.stem[-8:]):
-                    raise UsageError(f"{url} is not the published file: its SHA-256 does not start {path.stem[-8:]}")
-        except (OSError, ValueError) as error:
-            if isinstance(error, UsageError):
-                raise
-            names = ", ".join(other.name for other in missing)
-            reason = " ".join(str(error).split())[:200]
+                if not _is_published(temporary, path.name):
+                    raise UsageError(f"{url} is not the published file: its SHA-256 is not that in its name")
+        except OSError as error:
+            missing = ", ".join(other.name for other in paths.values() if not other.exists())
+            reason = "no connection" if isinstance(error, NoConnection) else " ".join(str(error).split())[:200]
             raise UsageError(
-                f"cannot download {url} ({reason}): put {names} from {published.url} into {folder}"
+                f"cannot download {url} ({reason}): put {missing} from {published.url} into {folder}"
             ) from None
-    for path in paths.values():
-        if not _is_whole(path):
-            raise UsageError(f"{path} is damaged: its SHA-256 does not start {path.stem[-8:]}; delete it")
     return paths

@@ -1,7 +1,10 @@
 """Stems from recordings: ``python separate.py song.mp3``, or `Separator` from Python."""
 
 import collections
+import contextlib
+import glob
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import nnabla as nn
+import nnabla_ext.cpu
 import numpy as np
 import soundfile
 import soxr
@@ -34,14 +38,15 @@ SONY = {"nhop": 1024, "sample_rate": 44100}  # what Sony's files do not say
 class SpectrogramModel:
     """A trained network, of one target or a joint one of several, with parameters of its own.
 
-    ``model(x)`` is a graph like that of `model.OpenUnmix`, in test mode unless told otherwise.
+    ``model(X)`` is a graph like that of `model.OpenUnmix`, in test mode unless told otherwise: from a mixture's
+    spectrogram (nb_frames, nb_samples, nb_channels, nb_bins) to the target's, or to a list of all targets'.
     """
 
-    def __init__(self, parameters, targets, n_hop, sample_rate, input_is_spectrogram=False):
+    def __init__(self, parameters, targets, n_hop, sample_rate):
         sizes = weights.describe(parameters)
         options = {key: sizes[key] for key in ("hidden_size", "nb_channels", "nb_layers", "max_bin", "unidirectional")}
         options.update(n_fft=2 * (sizes["nb_bins"] - 1), n_hop=n_hop, sample_rate=sample_rate)
-        options.update(input_is_spectrogram=input_is_spectrogram)
+        options.update(input_is_spectrogram=True)
         self.targets = list(targets)
         self.joint = len(self.targets) > 1
         self.net = JointOpenUnmix(targets, **options) if self.joint else OpenUnmix(**options)
@@ -52,9 +57,9 @@ class SpectrogramModel:
     def parameter_scope(self):
         return nn.parameter_scope("model", self.scope)
 
-    def __call__(self, x, test=True):
+    def __call__(self, X, test=True):
         with self.parameter_scope():
-            return self.net(x, test)
+            return self.net(X, test)
 
     def encode(self, X):
         """Features of frames, a variable per target, from a spectrogram (nb_frames, 1, nb_channels, nb_bins)."""
@@ -68,27 +73,45 @@ class SpectrogramModel:
             return self.net.decode(h, X, test=True, suffix=f"_{target}" if self.joint else "")
 
 
-def _folder_models(folder, targets):
-    """Models of a folder of ours, of openunmix, or of Sony's files; and its separator.json."""
-    path = folder / "separator.json"
-    config = utils.read_json(path) if path.exists() else dict(SONY)
+def _read_config(path):
+    """What a separator.json says of the STFT; `UsageError` if that is missing or cannot be."""
+    config = utils.read_json(path)
+    if not isinstance(config, dict):
+        raise UsageError(f"{path} is not what a training writes")
     if missing := [key for key in SONY if key not in config]:
         raise UsageError(f"{path} lacks {' and '.join(missing)}")
+    for key in config.keys() & {"nfft", "nhop", "sample_rate", "nb_channels"}:
+        value = config[key]
+        if type(value) not in (int, float) or not 0 < value < 2**31 or value != int(value):
+            raise UsageError(f"{path} has {key} {value!r}, which is not a positive whole number")
+        config[key] = int(value)  # openunmix writes sample rates as 44100.0
+    targets = config.get("targets")
+    if targets is not None and not (isinstance(targets, list) and all(isinstance(name, str) for name in targets)):
+        raise UsageError(f"{path} has targets {targets!r}, which is not a list of names")
+    return config
 
-    def files(target):
+
+def _folder_models(folder, targets):
+    """Files of a folder of ours, of openunmix, or of Sony's, {target: path}; and its separator.json."""
+    path = folder / "separator.json"
+    config = _read_config(path) if path.exists() else dict(SONY)
+
+    def file(target):
         exact = [folder / f"{target}{suffix}" for suffix in (".h5", ".pth")]
-        return [path for path in exact if path.exists()] or sorted(folder.glob(f"{target}-*.pth"))
+        found = [path for path in exact if path.exists()] or sorted(folder.glob(f"{glob.escape(target)}[-_]*.pth"))
+        if len(found) > 1 and found != exact:
+            raise UsageError(f"several files of the target {target!r}: {', '.join(map(str, found))}")
+        return found[0] if found else None
 
     if targets is None:
-        targets = config.get("targets") or [target for target in TARGETS if files(target)]
-        targets = targets or sorted(path.stem for path in folder.glob("*.json") if files(path.stem))
+        trained = sorted(path.stem for path in folder.glob("*.json"))
+        targets = config.get("targets") or [name for name in dict.fromkeys([*TARGETS, *trained]) if file(name)]
     if not targets:
         raise UsageError(f"no weights (<target>.h5 or <target>*.pth) in {folder}")
-    for target in targets:
-        if not files(target):
-            raise UsageError(f"no weights of the target {target!r} ({target}.h5 or {target}*.pth) in {folder}")
+    if missing := [target for target in targets if not file(target)]:
+        raise UsageError(f"no weights of the target {missing[0]!r} ({missing[0]}.h5 or {missing[0]}*.pth) in {folder}")
     targets = sorted(targets, key=lambda target: TARGETS.index(target) if target in TARGETS else len(TARGETS))
-    return {target: files(target)[0] for target in targets}, config
+    return {target: file(target) for target in targets}, config
 
 
 def load_models(model, targets=None, model_dir=None, quiet=True):
@@ -97,7 +120,7 @@ def load_models(model, targets=None, model_dir=None, quiet=True):
     Args:
         model: "umx", "umxhq", "umxl" or "umxse"; a folder of ours or of openunmix; a file of weights, also
             Sony's of a single target (whose name must hold the target's) or of the joint model X-UMX
-        targets: names, or None for all that are there
+        targets: names, or a single one, or None for all that are there
         model_dir: where the files of a named model are; None: the user's cache folder, downloaded if missing
     Returns:
         list of SpectrogramModel, and the dict that separator.json holds
@@ -105,6 +128,7 @@ def load_models(model, targets=None, model_dir=None, quiet=True):
         UsageError: no such model or target, damaged or unfitting weights.
     """
     path = Path(model).expanduser()
+    targets = [targets] if isinstance(targets, str) else targets
     if path.is_dir():
         files, config = _folder_models(path, targets)
     elif path.is_file():
@@ -140,6 +164,30 @@ def load_models(model, targets=None, model_dir=None, quiet=True):
     return models, {**config, **shared}
 
 
+def _published(name, targets, model_dir):
+    return {one.targets[0]: one for one in load_models(name, targets, model_dir)[0]}
+
+
+def umx_spec(targets=None, model_dir=None):
+    """Open-Unmix trained on MUSDB18, {target: SpectrogramModel}; arguments as of `load_models`."""
+    return _published("umx", targets, model_dir)
+
+
+def umxhq_spec(targets=None, model_dir=None):
+    """Open-Unmix trained on MUSDB18-HQ, {target: SpectrogramModel}."""
+    return _published("umxhq", targets, model_dir)
+
+
+def umxl_spec(targets=None, model_dir=None):
+    """Open-Unmix trained on more music, for non-commercial use only, {target: SpectrogramModel}."""
+    return _published("umxl", targets, model_dir)
+
+
+def umxse_spec(targets=None, model_dir=None):
+    """Open-Unmix for speech in noise, mono, 16 kHz, {target: SpectrogramModel}."""
+    return _published("umxse", targets, model_dir)
+
+
 # -------------------------------------------------------------------------------------- separator
 
 
@@ -158,7 +206,7 @@ class Separator:
         residual: True or a name: one more stem, what the estimates leave of the mixture
         wiener_win_len: frames that are filtered together; None: all (of a segment)
         context: "cpu", "cudnn" or None for cudnn where it works
-        segment, overlap: in seconds
+        segment, overlap: in seconds, made whole windows of the filter (13.9 s of overlap for the defaults at 44.1 kHz)
     """
 
     def __init__(
@@ -172,7 +220,7 @@ class Separator:
         wiener_win_len=300,
         context=None,
         device_id="0",
-        segment=600.0,
+        segment=480.0,
         overlap=10.0,
     ):
         self.models = models
@@ -182,7 +230,13 @@ class Separator:
             raise UsageError(f"two stems of one name: {', '.join(self.sources)}")
         if niter < 0 or (wiener_win_len is not None and wiener_win_len < 1) or not segment > 2 * overlap >= 0:
             raise UsageError("niter cannot be negative, a window must have a frame, a segment two overlaps")
+        if not all(map(_is_file_name, self.sources)):
+            raise UsageError(f"stems become files, but {', '.join(map(repr, self.sources))} are not all names of files")
+        if alpha != 1 and not softmask:
+            raise UsageError("alpha is the exponent in the soft mask: it has no effect without softmask")
         net = models[0].net
+        if net.n_hop > net.n_fft // 2:
+            raise UsageError(f"a hop of {net.n_hop} leaves gaps between windows of {net.n_fft} samples")
         self.n_fft, self.n_hop, self.nb_channels, self.sample_rate = (
             net.n_fft,
             net.n_hop,
@@ -195,32 +249,49 @@ class Separator:
         self.context = utils.extension_context(context, device_id)
         # whole windows of the filter, so that a segment's windows are those of the whole recording
         unit = (wiener_win_len or 1) * self.n_hop
-        self.overlap = round(overlap * self.sample_rate)
-        self.segment = max(1, round(segment * self.sample_rate / unit)) * unit + self.overlap
+        self.overlap = -(round(overlap * self.sample_rate) // -unit) * unit  # rounded up
+        self.segment = max(self.overlap, round(segment * self.sample_rate / unit) * unit, unit) + self.overlap
 
     @classmethod
-    def load(cls, model="umxl", targets=None, model_dir=None, quiet=True, **options):
+    def load(
+        cls,
+        model="umxl",
+        targets=None,
+        niter=1,
+        softmask=False,
+        residual=False,
+        wiener_win_len=300,
+        context=None,
+        *,
+        model_dir=None,
+        quiet=True,
+        **options,
+    ):
         """A Separator of a named, or of one's own, model; arguments as of `load_models` and Separator."""
+        targets = [targets] if isinstance(targets, str) else targets
         models, _ = load_models(model, targets, model_dir, quiet)
-        return cls(models, targets, **options)
+        options.update(niter=niter, softmask=softmask, residual=residual)
+        return cls(models, targets, wiener_win_len=wiener_win_len, context=context, **options)
 
     def __call__(self, audio, rate):
         """Separate a recording.
 
         Args:
-            audio: (nb_channels, nb_timesteps); more channels than two are separated in pairs, a single one by a
-                stereo model as two equal ones
+            audio: floats within ±1 (nb_channels, nb_timesteps); more channels than two are separated in pairs,
+                a single one by a stereo model as two equal ones
             rate: its sample rate in Hz; resampled to the model's and back
         Returns:
             dict of stems float32, of the shape and rate of `audio`
         Raises:
-            UsageError: not audio of that shape, empty, or with samples that are not finite.
+            UsageError: not floats of that shape, empty, with samples that are not finite (or huge), or no rate.
         """
+        audio = np.asarray(audio)
+        if audio.ndim != 2 or not audio.size or audio.dtype.kind != "f":
+            raise UsageError(f"audio {audio.dtype} {audio.shape}: expected floats (nb_channels, nb_timesteps)")
+        if not 0 < rate < float("inf"):
+            raise UsageError(f"a sample rate of {rate} Hz")
         audio = np.asarray(audio, np.float32)
-        if audio.ndim != 2 or not audio.size:
-            raise UsageError(f"audio of shape {audio.shape}: expected (nb_channels, nb_timesteps)")
-        if not np.isfinite(audio).all():
-            raise UsageError("the audio has samples that are not finite")
+        _check_samples(audio, "the audio")
         x = _resample(audio, rate, self.sample_rate)
         stems = np.empty((len(self.sources), len(x), x.shape[1]), np.float32)
         for start, block in self.stream(lambda start, stop: x[:, start:stop], *x.shape):
@@ -237,7 +308,8 @@ class Separator:
         Yields:
             start, stems (nb_sources, nb_channels, …): consecutive pieces of all stems
         """
-        fade = np.linspace(0, 1, self.overlap + 2, dtype=np.float32)[1:-1]
+        # Flat where it begins: an estimate is worst at the end of its segment.
+        fade = (np.sin(np.linspace(0, np.pi / 2, self.overlap + 2)[1:-1]) ** 2).astype(np.float32)
         tail = None  # the end of the segment before, faded out
         start = 0
         while True:
@@ -266,7 +338,8 @@ class Separator:
         """Pairs (0, …) of start and stems of audio x (nb_channels, nb_timesteps), window by window."""
         length = x.shape[1]
         # shorter audio cannot be reflected at its ends, which the centred STFT does
-        x = np.pad(x, ((0, 0), (0, max(0, self.n_fft // 2 + 1 - length))))
+        if length <= self.n_fft // 2:
+            x = np.pad(x, ((0, 0), (0, self.n_fft // 2 + 1 - length)))
         pairs = [self._estimates(x[k : k + 2]) for k in range(0, len(x), 2)]
         overlap_add = OverlapAdd(self.n_fft, self.n_hop, length)
         for parts in zip(*pairs):
@@ -281,36 +354,51 @@ class Separator:
         nb_channels = len(x)
         if self.nb_channels == 2 and nb_channels == 1:
             x = np.concatenate([x, x])
-        nb_frames = kernels.nb_frames(x.shape[1], self.n_fft, self.n_hop, center=True)
+        # The scopes must not span a yield: what runs in between has contexts of its own.
         with nn.context_scope(self.context), nn.auto_forward(False):
-            audio = nn.Variable.from_numpy_array(x[None])
-            X = functions.spectrogram(audio, self.n_fft, self.n_hop, center=True, mono=self.nb_channels == 1)
-            X.forward(clear_buffer=True)
-            X = nn.Variable.from_numpy_array(X.data.get_data("r", np.float32))  # an input of the graphs to come
-            features = {}
-            for one in self.models:
-                if any(target in self.targets for target in one.targets):
-                    hidden = one.encode(X)
-                    nn.forward_all(hidden, clear_buffer=True)
-                    for target, h in zip(one.targets, hidden):
-                        features[target] = one, h.data.get_data("r", np.float32).copy()
-                    del hidden
-            X = X.data.get_data("r", np.float32)
-            window = self.wiener_win_len or nb_frames
-            for start in range(0, nb_frames, window):
-                stop = min(start + window, nb_frames)
-                v = np.empty((len(self.targets), stop - start) + X.shape[2:], np.float32)
-                mixture = nn.Variable.from_numpy_array(X[start:stop])
-                for estimate, target in zip(v, self.targets):
-                    one, h = features[target]
-                    Y = one.decode(target, nn.Variable.from_numpy_array(h[start:stop]), mixture)
-                    Y.forward(clear_buffer=True)
-                    estimate[...] = Y.data.get_data("r", np.float32)[:, 0]
-                if self.softmask and self.alpha != 1:
-                    v **= np.float32(self.alpha)
-                spectra = kernels.stft(x, self.n_fft, self.n_hop, start, stop)
-                y = filtering.separate(v, spectra, self.niter, self.softmask, self.residual)
-                yield y.mean(axis=1, keepdims=True) if nb_channels < len(x) else y
+            features = self._encode(x)
+        nb_frames = kernels.nb_frames(x.shape[1], self.n_fft, self.n_hop, center=True)
+        window = self.wiener_win_len or nb_frames
+        y = None
+        for start in range(0, nb_frames, window):
+            spectra = kernels.stft(x, self.n_fft, self.n_hop, start, min(start + window, nb_frames))
+            X = kernels.magnitude(spectra, self.nb_channels == 1)
+            with nn.context_scope(self.context), nn.auto_forward(False):
+                v = self._decode(X, features, start)
+            if y is None or y.shape[2] != v.shape[1]:
+                y = np.empty((len(self.sources),) + spectra.shape, np.complex64)  # the memory of all windows
+            filtering.separate(v, spectra, self.niter, self.softmask, self.residual, out=y)
+            del spectra, X, v  # before the next ones come
+            yield y.mean(axis=1, keepdims=True) if nb_channels < len(x) else y
+
+    def _encode(self, x):
+        """{target: (its model, features of all frames)}."""
+        audio = nn.Variable.from_numpy_array(x[None])
+        X = functions.spectrogram(audio, self.n_fft, self.n_hop, center=True, mono=self.nb_channels == 1)
+        X.forward()
+        X = X.get_unlinked_variable(need_grad=False)  # an input of the graphs to come
+        features = {}
+        for one in self.models:
+            if any(target in self.targets for target in one.targets):
+                hidden = one.encode(X)
+                nn.forward_all(hidden, clear_buffer=True)
+                for target, h in zip(one.targets, hidden):
+                    features[target] = one, h.data.get_data("r", np.float32).copy()
+                del hidden
+        del audio, X
+        nnabla_ext.cpu.clear_memory_cache()  # the spectrogram's memory: it is the largest, and comes only once
+        return features
+
+    def _decode(self, X, features, start):
+        """Estimates (nb_targets, window, nb_channels, nb_bins) of the frames X of the mixture, from `start` on."""
+        v = np.empty((len(self.targets), len(X)) + X.shape[2:], np.float32)
+        mixture = nn.Variable.from_numpy_array(X)
+        for estimate, target in zip(v, self.targets):
+            one, h = features[target]
+            Y = one.decode(target, nn.Variable.from_numpy_array(h[start : start + len(X)]), mixture)
+            Y.forward(clear_buffer=True)
+            estimate[...] = Y.data.get_data("r", np.float32)[:, 0]
+        return v ** np.float32(self.alpha) if self.alpha != 1 else v
 
 
 class OverlapAdd:
@@ -344,13 +432,21 @@ class OverlapAdd:
         self.position += envelope.size
         cut = slice(max(0, -start), max(0, min(envelope.size, self.nb_timesteps - start)))
         if cut.start < cut.stop:
-            yield start + cut.start, sums[..., cut] / np.maximum(envelope[cut], 1e-11)  # where no frame reaches: zeros
+            sums = sums[..., cut]
+            sums /= np.maximum(envelope[cut], 1e-11)  # where no frame reaches: zeros
+            yield start + cut.start, sums
+
+
+def _check_samples(samples, name):
+    # squares of larger ones leave single precision: the stems would not be finite
+    if not np.abs(samples).max(initial=0) <= 1e9:
+        raise UsageError(f"{name} has samples that are not finite, or larger than 1e9")
 
 
 def _resample(audio, rate, new_rate, nb_timesteps=None):
     """Audio (nb_channels, …) at another rate; cut or filled with zeros to `nb_timesteps` if given."""
     if rate != new_rate:
-        audio = soxr.resample(audio.T, rate, new_rate).T
+        audio = soxr.resample(np.array(audio.T, order="C"), rate, new_rate).T
         if nb_timesteps is not None:
             audio = np.pad(audio[:, :nb_timesteps], ((0, 0), (0, max(0, nb_timesteps - audio.shape[1]))))
     return np.ascontiguousarray(audio)
@@ -359,59 +455,102 @@ def _resample(audio, rate, new_rate, nb_timesteps=None):
 # ------------------------------------------------------------------------------------------ files
 
 BLOCK = 2**18  # samples that are read, resampled or written at a time
+# How libsndfile notes that a header promises more than the file holds, and that an Ogg ends within a page
+TRUNCATED = ("should be", "Last page lacks an end-of-stream bit", "Junk after the last page")
 
 
-def _soundfile_blocks(file, start, duration):
-    """Blocks (samples, nb_channels) of an open sound file."""
-    file.seek(min(round(start * file.samplerate), file.frames))
-    left = file.frames if duration is None else round(duration * file.samplerate)
-    while left > 0 and len(block := file.read(min(BLOCK, left), dtype="float32", always_2d=True)):
-        yield block
-        left -= len(block)
+def _soundfile_blocks(path, file, first, count):
+    """Blocks (samples, nb_channels) of an open sound file, from sample `first` on; count None: to the end."""
+    with file:
+        first = min(first, file.frames)
+        count = file.frames - first if count is None else min(count, file.frames - first)
+        file.seek(first)
+        while count > 0:
+            block = file.read(min(BLOCK, count), dtype="float32", always_2d=True)
+            if not len(block):  # formats that tell only then
+                raise UsageError(f"{path} is truncated")
+            yield block
+            count -= len(block)
 
 
-def _ffmpeg_blocks(path, nb_channels, start, duration):
-    command = ["ffmpeg", "-v", "error", "-xerror", "-nostdin", "-ss", str(start)]
-    command += ["-t", str(duration)] if duration is not None else []
-    command += ["-i", str(path), "-map", "0:a:0", "-f", "f32le", "-"]
+def _ffmpeg_blocks(path, nb_channels, first, count):
+    trim = f"atrim=start_sample={first}" + ("" if count is None else f":end_sample={first + count}")
+    # -xerror: a damaged file is no input, rather than one with gaps
+    command = ["ffmpeg", "-v", "error", "-xerror", "-nostdin", "-i", f"file:{path}", "-map", "0:a:0", "-af", trim]
     with (
         tempfile.TemporaryFile() as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as process,
+        subprocess.Popen([*command, "-f", "f32le", "-"], stdout=subprocess.PIPE, stderr=errors) as process,
     ):
         while data := process.stdout.read(BLOCK * nb_channels * 4):
-            yield np.frombuffer(data[: len(data) // (4 * nb_channels) * 4 * nb_channels], "<f4").reshape(
-                -1, nb_channels
-            )
+            whole = len(data) // (4 * nb_channels) * (4 * nb_channels)
+            yield np.frombuffer(data[:whole], "<f4").reshape(-1, nb_channels)
         if process.wait():
             errors.seek(0)
-            raise UsageError(f"cannot decode {path}: {_last_line(errors.read())}")
+            raise UsageError(f"cannot decode {path}: {_last_line(errors.read(), path)}")
 
 
-def _last_line(output):
-    return (output.decode(errors="replace").strip().splitlines() or ["no reason given"])[-1]
+def _is_file_name(name):
+    return bool(name) and name == Path(name).name and "\0" not in name
+
+
+@contextlib.contextmanager
+def _no_stderr():
+    """What libmpg123 has to say about a damaged file, it writes there by itself."""
+    sys.stderr.flush()
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
+
+def _is_guessed(path):
+    """Whether an mp3 does not say how long it is. libsndfile then guesses, and stops there, wherever that is."""
+    with open(path, "rb") as stream:
+        header = stream.read(10)
+        if header.startswith(b"ID3"):  # tags come first, with a length of seven bits per byte
+            stream.seek(10 + sum((byte & 127) << shift for byte, shift in zip(header[6:], (21, 14, 7, 0))))
+            header = b""
+        frame = header + stream.read(4096)
+    return not any(name in frame for name in (b"Xing", b"Info", b"VBRI"))
+
+
+def _last_line(output, path):
+    line = (output.decode(errors="replace").strip().splitlines() or ["no reason given"])[-1]
+    return line.replace(f"file:{path}: ", "")
 
 
 def _open_audio(path, start, duration):
     """Sample rate, channels and blocks of an audio file, by soundfile or else by ffmpeg."""
     if not path.is_file():
         raise UsageError(f"there is no file {path}")
+    ffmpeg = shutil.which("ffmpeg") is not None and shutil.which("ffprobe") is not None
+
+    def span(rate):
+        return round(start * rate), None if duration is None else round(duration * rate)
+
     try:
-        file = soundfile.SoundFile(path)
+        with _no_stderr():
+            file = soundfile.SoundFile(path)
     except soundfile.LibsndfileError as error:
-        if shutil.which("ffmpeg") is None or shutil.which("ffprobe") is None:
+        if not ffmpeg:
             raise UsageError(f"cannot read {path} ({error.error_string}), and there is no ffmpeg to try") from None
     else:
-        if "should be" in file.extra_info:  # libsndfile notes that a header promises more than the file holds
+        if any(sign in file.extra_info for sign in TRUNCATED):
             raise UsageError(f"{path} is truncated")
-        return file.samplerate, file.channels, _soundfile_blocks(file, start, duration)
+        if not (ffmpeg and file.format == "MP3" and _is_guessed(path)):
+            return file.samplerate, file.channels, _soundfile_blocks(path, file, *span(file.samplerate))
     command = ["ffprobe", "-v", "error", "-select_streams", "a:0", "-show_entries", "stream=sample_rate,channels"]
-    result = subprocess.run([*command, "-of", "json", str(path)], capture_output=True)
+    result = subprocess.run([*command, "-of", "json", f"file:{path}"], capture_output=True)
     streams = json.loads(result.stdout or "{}").get("streams")
     if not streams or not int(streams[0].get("channels", 0)):
-        reason = f": {_last_line(result.stderr)}" if result.stderr else ""
+        reason = f": {_last_line(result.stderr, path)}" if result.stderr else ""
         raise UsageError(f"{path} is not audio{reason}")
     rate, nb_channels = int(streams[0]["sample_rate"]), int(streams[0]["channels"])
-    return rate, nb_channels, _ffmpeg_blocks(path, nb_channels, start, duration)
+    return rate, nb_channels, _ffmpeg_blocks(path, nb_channels, *span(rate))
 
 
 class RawAudio:
@@ -420,7 +559,7 @@ class RawAudio:
     def __init__(self, path, rate, nb_channels):
         self.path, self.rate, self.nb_channels = path, rate, nb_channels
         self.nb_timesteps, self.peak = 0, 0.0
-        self.stream = open(path, "w+b")
+        self.stream = open(path, "w+b")  # noqa: SIM115, closed by close()
 
     def append(self, block):
         """Add samples (n, nb_channels)."""
@@ -459,7 +598,7 @@ def _resampled(blocks, rate, new_rate, nb_channels):
         return
     resampler = soxr.ResampleStream(rate, new_rate, nb_channels, dtype="float32")
     for block in blocks:
-        yield resampler.resample_chunk(np.ascontiguousarray(block))
+        yield resampler.resample_chunk(np.array(block, order="C"))
     yield resampler.resample_chunk(np.zeros((0, nb_channels), np.float32), last=True)
 
 
@@ -469,7 +608,7 @@ def decode(path, rate, folder, start=0.0, duration=None):
     Returns:
         RawAudio at `rate`; the recording's own rate; its number of samples at that rate
     Raises:
-        UsageError: not audio, truncated, empty, or with samples that are not finite.
+        UsageError: not audio, truncated, empty, or with samples that are not finite (or huge).
     """
     own_rate, nb_channels, blocks = _open_audio(path, start, duration)
     audio, nb_timesteps = RawAudio(folder / "input", rate, nb_channels), 0
@@ -477,8 +616,7 @@ def decode(path, rate, folder, start=0.0, duration=None):
     def counted():
         nonlocal nb_timesteps
         for block in blocks:
-            if not np.isfinite(block).all():
-                raise UsageError(f"{path} has samples that are not finite")
+            _check_samples(block, path)
             nb_timesteps += len(block)
             yield block
 
@@ -486,8 +624,8 @@ def decode(path, rate, folder, start=0.0, duration=None):
         for block in _resampled(counted(), own_rate, rate, nb_channels):
             audio.append(block)
     except soundfile.LibsndfileError as error:
-        raise UsageError(f"cannot decode {path}: {error.error_string}") from None
-    if not nb_timesteps or not audio.nb_timesteps:
+        raise UsageError(f"cannot decode {path}, it is damaged or truncated: {error.error_string}") from None
+    if not nb_timesteps:
         raise UsageError(f"{path} has no samples" + (f" after {start} s" if start else ""))
     return audio, own_rate, nb_timesteps
 
@@ -509,32 +647,47 @@ def separate_file(
     """
     aggregate = aggregate or {name: [name] for name in separator.sources}
     subtype = {"16": "PCM_16", "24": "PCM_24", "float": "FLOAT"}[subtype or ("float" if ext == "wav" else "24")]
+    is_new = not Path(outdir).exists()
     outdir = utils.writable_folder(outdir)
-    with tempfile.TemporaryDirectory(prefix=".separate.", dir=outdir) as folder:
-        audio, rate, nb_timesteps = decode(Path(path), separator.sample_rate, Path(folder), start, duration)
-        stems = [RawAudio(Path(folder, f"stem{k}"), audio.rate, audio.nb_channels) for k in range(len(aggregate))]
-        parts = [[separator.sources.index(name) for name in names] for names in aggregate.values()]
-        bar = tqdm(total=round(audio.nb_timesteps / audio.rate), desc=Path(path).name, unit="s", disable=quiet)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".separate.", dir=outdir) as folder:
+            stems = _raw_stems(separator, Path(path), Path(folder), start, duration, aggregate, quiet)
+            peak = max(stem.peak for stem in stems)
+            factor = 0.999 / peak if peak > 0.999 and subtype != "FLOAT" else 1.0
+            with contextlib.ExitStack() as renamed_together:
+                for name, stem in zip(aggregate, stems):
+                    temporary = renamed_together.enter_context(utils.atomic_path(outdir / f"{name}.{ext}"))
+                    _write_audio(temporary, stem, ext.upper(), subtype, factor)
+                    stem.close()
+    finally:
+        if is_new and not any(outdir.iterdir()):
+            outdir.rmdir()
+    return factor
+
+
+def _raw_stems(separator, path, folder, start, duration, aggregate, quiet):
+    """The stems of a recording at its own rate, a RawAudio in `folder` for each of `aggregate`."""
+    audio, rate, nb_timesteps = decode(path, separator.sample_rate, folder, start, duration)
+    stems = [RawAudio(folder / f"stem{k}", audio.rate, audio.nb_channels) for k in range(len(aggregate))]
+    parts = [[separator.sources.index(name) for name in names] for names in aggregate.values()]
+    with tqdm(total=round(audio.nb_timesteps / audio.rate), desc=path.name, unit="s", disable=quiet) as bar:
         for _, block in separator.stream(audio.read, audio.nb_channels, audio.nb_timesteps):
             for stem, part in zip(stems, parts):
                 stem.append(block[part].sum(axis=0).T)
             bar.update(round(stems[0].nb_timesteps / audio.rate) - bar.n)
-        bar.close()
-        audio.close()
-        if rate != audio.rate:
-            stems = [stem.resampled(rate, nb_timesteps) for stem in stems]
-        peak = max(stem.peak for stem in stems)
-        factor = 1.0 if subtype == "FLOAT" else min(1.0, 0.999 / peak if peak > 0 else 1.0)
-        for name, stem in zip(aggregate, stems):
-            with utils.atomic_path(outdir / f"{name}.{ext}") as temporary:
-                form = (
-                    "RF64" if ext == "wav" and stem.nb_timesteps * stem.nb_channels * 4 > 2**32 - 2**16 else ext.upper()
-                )
-                with soundfile.SoundFile(temporary, "w", rate, stem.nb_channels, subtype, format=form) as file:
-                    for block in stem.blocks():
-                        file.write(block * np.float32(factor) if factor < 1 else block)
-            stem.close()
-    return factor
+    audio.close()
+    return [stem.resampled(rate, nb_timesteps) for stem in stems] if rate != audio.rate else stems
+
+
+def _write_audio(path, audio, form, subtype, factor):
+    if form == "WAV" and audio.nb_timesteps * audio.nb_channels * 4 > 2**32 - 2**16:  # WAV counts bytes in 32 bits
+        form = "RF64"
+    try:
+        with soundfile.SoundFile(path, "w", audio.rate, audio.nb_channels, subtype, format=form) as file:
+            for block in audio.blocks():
+                file.write(block * np.float32(factor) if factor < 1 else block)
+    except soundfile.LibsndfileError as error:
+        raise UsageError(f"cannot write {form.lower()} of {audio.nb_channels} channels: {error.error_string}") from None
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -546,7 +699,7 @@ def _recordings(inputs):
     for name in inputs:
         path = Path(name).expanduser()
         if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in AUDIO_FILES)
+            found = sorted(file for file in path.glob("[!.]*") if file.suffix.lower() in AUDIO_FILES)
             if not found:
                 raise UsageError(f"no audio files in the folder {path}")
             paths += found
@@ -562,11 +715,12 @@ def _recordings(inputs):
 def _parse_aggregate(text, sources):
     try:
         aggregate = json.loads(text)
-        assert aggregate and all(names and set(names) <= set(sources) for names in aggregate.values())
-        assert all(name == Path(name).name for name in aggregate)
-    except (ValueError, AttributeError, TypeError, AssertionError):
+        fits = all(names and set(names) <= set(sources) and _is_file_name(name) for name, names in aggregate.items())
+    except (ValueError, AttributeError, TypeError):
+        fits = False
+    if not fits or not aggregate:
         example = json.dumps({"accompaniment": sources[1:]})
-        raise UsageError(f"--aggregate {text}: expected stems ({', '.join(sources)}) by name, as {example}") from None
+        raise UsageError(f"--aggregate {text}: expected stems ({', '.join(sources)}) by name, as {example}")
     return aggregate
 
 
@@ -581,8 +735,8 @@ def main(argv=None):
     separator = Separator.load(
         args.model,
         args.targets,
-        args.model_dir,
-        args.quiet,
+        model_dir=args.model_dir,
+        quiet=args.quiet,
         niter=args.niter,
         softmask=args.softmask,
         alpha=args.alpha,
@@ -592,10 +746,12 @@ def main(argv=None):
         device_id=args.device_id,
         segment=args.segment,
     )
+    if args.softmask and len(separator.targets) == 1:
+        raise UsageError("--softmask shares the mixture out among targets: it needs two of them")
     aggregate = _parse_aggregate(args.aggregate, separator.sources) if args.aggregate else None
     failed = 0
     for path, name in recordings:
-        outdir = Path(args.outdir, name) if args.outdir else Path(f"{name}_{Path(args.model).stem}")
+        outdir = Path(args.outdir, name) if args.outdir else Path(f"{name}_{Path(args.model).resolve().stem}")
         try:
             factor = separate_file(
                 separator, path, outdir, args.start, args.duration, aggregate, args.ext, args.subtype, args.quiet

@@ -61,8 +61,8 @@ def train_epoch(graph_of, batches, solver):
     losses = utils.AverageMeter()
     for x, y in batches:
         graph = graph_of(x.shape)
-        graph.forward(x, y, clear_no_need_grad=True)
         solver.zero_grad()
+        graph.forward(x, y, clear_no_need_grad=True)
         graph.loss.backward(clear_buffer=True)
         solver.update()
         losses.update(float(graph.loss.d))

@@ -315,7 +315,7 @@ class _Tensor(NamedTuple):
         if self.storage.dtype == "bfloat16":  # the upper half of a float32
             return (view.astype(np.uint32) << 16).view(np.float32)
         with np.errstate(over="ignore"):
-            return view.astype(np.float32)
+            return view.astype(np.float32, copy=False)
 
 
 def _rebuild_tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None):

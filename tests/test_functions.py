@@ -1,5 +1,10 @@
 """The fast graph functions against their plain form, and the kernels against float64."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import nnabla as nn
 import nnabla.functions as F
 import numba
@@ -379,3 +384,64 @@ def test_product_of_views():
             assert (out == 1).all()
     with pytest.raises(ValueError):
         kernels.matmul(a, b, np.empty((50, 80), np.float32))
+
+
+SMALL_STEP = """
+import sys
+import nnabla as nn, numpy as np
+import functions, kernels, model, solvers
+nn.set_default_context(nn.Context(["cpu:float"], "CpuCachedArray"))
+nn.random.prng = np.random.RandomState(0)
+net = model.OpenUnmix(n_fft=256, n_hop=64, hidden_size=32, max_bin=90)
+x, y = (nn.Variable.from_numpy_array(np.random.RandomState(k).randn(3, 2, 4000)) for k in range(2))
+loss = functions.squared_error(net(x), net.spectrogram(y))
+solver = solvers.Adam(nn.get_parameters())
+loss.forward()
+solver.zero_grad()
+loss.backward()
+solver.update()
+np.savez(sys.argv[1], loss=loss.d, **{name.replace("/", "."): v.d for name, v in nn.get_parameters().items()})
+"""
+
+
+def small_step(path, **environment):
+    """A training step in a process of its own; returns its results and what it said."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(kernels.__file__).parent), **environment}
+    command = [sys.executable, "-c", SMALL_STEP, str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    with np.load(path) as archive:
+        return dict(archive), result.stderr
+
+
+def test_other_machines(tmp_path):
+    """A cold cache says once that it compiles, a warm one nothing; a processor without AVX-512 computes alike."""
+    cold, said = small_step(tmp_path / "cold.npz", NUMBA_CACHE_DIR=str(tmp_path / "cache"))
+    assert said.count("compiling") == 1
+    warm, said = small_step(tmp_path / "warm.npz", NUMBA_CACHE_DIR=str(tmp_path / "cache"))
+    assert "compiling" not in said
+    assert all((cold[name] == warm[name]).all() for name in cold)
+    generic = {"NUMBA_CACHE_DIR": str(tmp_path / "generic"), "NUMBA_CPU_NAME": "generic"}
+    other, said = small_step(tmp_path / "generic.npz", **generic)
+    assert said.count("compiling") == 1
+    assert abs(other["loss"] / cold["loss"] - 1) < 1e-5
+
+
+def test_without_a_folder_for_the_cache(monkeypatch):
+    """Numba then raises RuntimeError; the functions are compiled all the same."""
+    njit = numba.njit
+
+    def no_cache(*arguments, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(*arguments, **options)
+
+    monkeypatch.setattr(numba, "njit", no_cache)
+
+    @kernels.kernel
+    def double(x: kernels.OUT(1)):
+        x *= 2
+
+    x = np.ones(3, np.float32)
+    double(x)
+    assert (x == 2).all()

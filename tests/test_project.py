@@ -13,7 +13,7 @@ LEVELS = (
     {"functions", "solvers", "filtering", "data", "weights", "pretrained", "synthesize"},
     {"model"},
     {"train", "separate"},
-    {"evaluate"},
+    {"evaluate", "demo"},
 )
 
 

@@ -1,0 +1,102 @@
+"""Our side of the benchmark, and native NNabla's: the same code with `plain`."""
+
+import time
+
+import nnabla as nn
+import work
+
+import functions as graph_functions
+import kernels
+import utils
+from model import OpenUnmix
+from separate import Separator
+from solvers import Adam
+from train import Graph, train_epoch
+
+
+def label_functions():
+    """From now on, note which of functions.py each function of NNabla's graph belongs to: the dict returned.
+
+    One of ours may call another one: the outer one counts.
+    """
+    labels = {}
+
+    def wrap(name, graph_function):
+        def wrapped(*arguments, **options):
+            known = set(labels)
+            output = graph_function(*arguments, **options)
+            label = " ".join(dict.fromkeys([name, options.get("name", name)]))
+            output.visit(lambda function: function in known or labels.update({function: label}))
+            return output
+
+        return wrapped
+
+    for name in {label.split()[0] for label in work.FUNCTIONS} - {"Adam"}:
+        setattr(graph_functions, name, wrap(name, getattr(graph_functions, name)))
+    return labels
+
+
+def make_training(nb_samples, seconds, threads, plain):
+    utils.set_plain(plain)
+    kernels.set_threads(threads)
+    x, y = (work.audio(nb_samples, seconds, seed) for seed in (1, 2))
+    net = OpenUnmix(work.N_FFT, work.N_HOP, hidden_size=work.HIDDEN_SIZE, max_bin=work.MAX_BIN)
+    graph = Graph(net, x.shape, test=False)
+    return x, y, graph, Adam(nn.get_parameters(), work.LR, work.WEIGHT_DECAY)
+
+
+def step(clock, nb_samples, seconds, warm_up, repeat, threads, plain=False):
+    """Training steps as train.py does them."""
+    start = time.perf_counter()
+    x, y, graph, solver = make_training(nb_samples, seconds, threads, plain)
+    for i in range(warm_up + repeat):
+        if i == warm_up:
+            clock.times.clear()
+        clock("step", train_epoch, lambda shape: graph, [(x, y)], solver)
+        if i == 0:
+            first = time.perf_counter() - start
+    clock.add("first", first)
+
+
+def functions(clock, nb_samples, seconds, warm_up, repeat, threads, plain=False):
+    """Each function within a training step. The plain form of one is several functions of NNabla's."""
+    labels = label_functions()
+    x, y, graph, solver = make_training(nb_samples, seconds, threads, plain)
+    sums, started = {}, []
+
+    def hooks(phase):
+        def after(function):
+            name = f"{labels[function]} {phase}"
+            sums[name] = sums.get(name, 0) + time.perf_counter() - started[-1]
+
+        return {"function_pre_hook": lambda function: started.append(time.perf_counter()), "function_post_hook": after}
+
+    def one():
+        graph.forward(x, y, clear_no_need_grad=True, **hooks("forward"))
+        solver.zero_grad()
+        graph.loss.backward(clear_buffer=True, **hooks("backward"))
+        clock("Adam forward", solver.update)
+
+    for i in range(warm_up + repeat):
+        if i == warm_up:
+            clock.times.clear()
+        clock("step", one)
+        for name, duration in sums.items():
+            clock.add(name, duration)
+        sums.clear()
+
+
+def separate(clock, folder, seconds, threads):
+    start = time.perf_counter()
+    kernels.set_threads(threads)
+    separator = Separator.load(folder, work.TARGETS, niter=1, context="cpu")
+    x = work.audio(1, seconds, 1)[0]
+    separator(x[:, : work.RATE], work.RATE)
+    clock.add("first", time.perf_counter() - start)
+    stems = clock("separate", separator, x, work.RATE)
+    return [stems[target][:, :: work.RATE].tolist() for target in work.TARGETS]
+
+
+if __name__ == "__main__":
+    works = {"step": step, "functions": functions, "separate": separate}
+    work.main(works, ["nnabla", "numpy", "scipy", "numba"])
