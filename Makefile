@@ -62,7 +62,7 @@ reference: setup .venv-reference/installed
 	$(PYTHON) synthesize.py build/reference/songs --train 3 --valid 1 --test 0 --duration 8 --quiet
 	$(REFERENCE) tests/reference/make_cases.py build/reference/cases --root build/reference/songs
 	$(REFERENCE) tests/reference/make_stems.py build/reference/cases --live
-	OPENUNMIX_REFERENCE=build/reference/cases $(PYTHON) -m pytest -q tests/test_reference.py tests/test_separate.py
+	OPENUNMIX_REFERENCE=build/reference/cases $(PYTHON) -m pytest -q -s tests/test_reference.py tests/test_separate.py
 
 bench: setup .venv-reference/installed
 	$(PYTHON) benchmarks/bench.py

@@ -51,7 +51,7 @@ def train_parser():
     parser = Parser(prog="train.py", description="Train Open-Unmix for one target.")
     parser.add_argument("--target", default="vocals", help="source to learn, or accompaniment, linear_mixture")
     parser.add_argument("--output", default="open-unmix", help="folder for the model, its log and checkpoint")
-    parser.add_argument("--model", help="folder of a trained model to fine-tune")
+    parser.add_argument("--model", help="trained model to fine-tune: a folder, or umx, umxhq, umxl, umxse")
     parser.add_argument("--checkpoint", help="folder (or file) of a checkpoint to resume; --epochs is the total")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_context_options(parser)

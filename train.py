@@ -18,6 +18,7 @@ from tqdm import tqdm
 import data
 import functions
 import kernels
+import pretrained
 import utils
 import weights
 from args import train_parser
@@ -115,21 +116,36 @@ def load_checkpoint(path, target):
     return path, groups["parameters"], groups["solver"], meta
 
 
-def load_model(folder, target):
-    """A trained model to fine-tune: its parameters, the arguments it was trained with, its sample rate."""
-    folder = Path(folder).expanduser()
-    files = sorted(folder.glob(f"{target}*.h5")) + sorted(folder.glob(f"{target}*.pth"))
-    if not files:
-        raise UsageError(f"no weights of the target {target!r} ({target}.h5 or {target}*.pth) in {folder}")
+def load_model(model, target, quiet):
+    """A trained model to fine-tune, a folder or a published one by name.
+
+    Returns:
+        its parameters, the arguments it was trained with as far as known, its sample rate
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        patterns = (f"{target}.h5", f"{target}.pth", f"{target}-*.pth")
+        files = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+        if not files:
+            raise UsageError(f"no weights of the target {target!r} ({target}.h5 or {target}*.pth) in {folder}")
+        file, config = files[0], utils.read_json(folder / "separator.json")
+        recorded = utils.read_json(folder / f"{target}.json").get("args", {})
+    elif model in pretrained.MODELS:
+        file, config, recorded = (
+            pretrained.fetch(model, [target], quiet=quiet)[target],
+            pretrained.MODELS[model].config,
+            {},
+        )
+    else:
+        raise UsageError(f"unknown model {model!r}: neither a folder, nor {', '.join(pretrained.MODELS)}")
     try:
-        parameters = weights.load(files[0])
+        parameters = weights.load(file)
         sizes = weights.describe(parameters)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    recorded = utils.read_json(folder / f"{target}.json").get("args", {})
     recorded.update({name: sizes[name] for name in ("hidden_size", "nb_channels", "unidirectional")})
-    recorded["nfft"] = 2 * (sizes["nb_bins"] - 1)
-    return parameters, recorded, utils.read_json(folder / "separator.json").get("sample_rate")
+    recorded.update(nfft=2 * (sizes["nb_bins"] - 1), nhop=config.get("nhop"))
+    return parameters, recorded, config.get("sample_rate")
 
 
 def adopt(settings, parser, recorded, names, origin):
@@ -190,7 +206,7 @@ def main(argv=None):
         if meta["log"]["epochs_trained"] >= args["epochs"]:
             raise UsageError(f"{resumed} has {meta['log']['epochs_trained']} epochs already: raise --epochs, the total")
     elif args["model"]:
-        trained, recorded, sample_rate = load_model(args["model"], target)
+        trained, recorded, sample_rate = load_model(args["model"], target, quiet)
         adopt(args, parser, recorded, ARCHITECTURE, args["model"])
 
     context = utils.extension_context(args["context"], args["device_id"])

@@ -11,6 +11,7 @@ import pytest
 import args
 import data
 import kernels
+import pretrained
 import train
 import weights
 
@@ -218,6 +219,18 @@ def test_fine_tuning_starts_from_the_model(songs, tmp_path, base, monkeypatch):
         train.main([*default, "--hidden-size", "16"])
 
 
+def test_fine_tuning_of_a_published_model(songs, tmp_path, base, monkeypatch):
+    """The file that `pretrained` has fetched, here one of ours, brings the network's shape."""
+    config = {"nfft": 1024, "nhop": 512, "sample_rate": 44100, "nb_channels": 2}
+    monkeypatch.setitem(pretrained.MODELS, "umx", pretrained.Published("", {}, config))
+    monkeypatch.setattr(pretrained, "fetch", lambda name, targets, quiet: {"bass": base[0] / "bass.h5"})
+    options = [option for option in TINY if option not in ("--nfft", "1024", "--nhop", "512", "--hidden-size", "8")]
+    options += ["--root", str(songs), "--epochs", "1", "--output", str(tmp_path), "--model", "umx", "--lr", "1e-12"]
+    train.main(options)
+    before, after = weights.load(base[0] / "bass.h5"), weights.load(tmp_path / "bass.h5")
+    np.testing.assert_allclose(after["fc1/affine/W"], before["fc1/affine/W"], atol=1e-6)
+
+
 def test_workers_prepare_batches(songs, tmp_path, base, monkeypatch):
     pools = []
 
@@ -286,6 +299,7 @@ def test_whole_tracks(songs, tmp_path, base):
         (["--checkpoint", "{base}"], "raise --epochs"),
         (["--checkpoint", "{base}", "--epochs", "2", "--lr", "0.1"], "--lr 0.1"),
         (["--model", "{tmp}"], "no weights of the target 'bass'"),
+        (["--model", "umxx"], "unknown model 'umxx'"),
         (["--model", "{base}", "--nfft", "512"], "--nfft 512"),
         (["--model", "{base}", "--checkpoint", "{base}"], "give one of them"),
         (["--unknown"], "unrecognized arguments: --unknown"),
