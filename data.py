@@ -42,7 +42,7 @@ AUGMENTATIONS = {"gain": gain, "channelswap": channelswap}
 
 @dataclass
 class Track:
-    """One song: WAV files of equal length, `frames` samples at `sample_rate` Hz, `nb_channels` wide."""
+    """One song: WAV files that all have the first `frames` samples, at `sample_rate` Hz, `nb_channels` wide."""
 
     name: str
     mixture: Path
@@ -136,11 +136,14 @@ def _checked_track(name, mixture, files):
             infos[path.name] = soundfile.info(path)
         except soundfile.LibsndfileError as error:
             raise UsageError(f"cannot read {path}: {error.error_string}") from None
-    formats = {(info.frames, info.samplerate, info.channels) for info in infos.values()}
+    formats = {(info.samplerate, info.channels) for info in infos.values()}
     if len(formats) > 1:
-        raise UsageError(f"files of track {name!r} differ in (samples, rate, channels): {sorted(formats)}")
-    frames, sample_rate, nb_channels = formats.pop()
-    return Track(name, mixture, files, frames, sample_rate, nb_channels)
+        raise UsageError(f"files of track {name!r} differ in (sample rate, channels): {sorted(formats)}")
+    sample_rate, nb_channels = formats.pop()
+    frames = [info.frames for info in infos.values()]
+    if max(frames) - min(frames) > 0.1 * sample_rate:  # less is what encoders add or take away at the end
+        raise UsageError(f"files of track {name!r} differ in length: {min(frames)} to {max(frames)} samples")
+    return Track(name, mixture, files, min(frames), sample_rate, nb_channels)
 
 
 # ------------------------------------------------------------------------------------- sources
@@ -213,8 +216,9 @@ class MusdbSource:
         return mixture, target
 
     def whole_track(self, track):
-        target = sum(np.float32(gain) * read(track.sources[source]) for source, gain in self.gains.items())
-        return read(track.mixture), target
+        sources = ((gain, read(track.sources[source], 0, track.frames)) for source, gain in self.gains.items())
+        target = sum(np.float32(gain) * audio for gain, audio in sources)
+        return read(track.mixture, 0, track.frames), target
 
 
 class DataIterator:

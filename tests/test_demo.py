@@ -143,7 +143,8 @@ def test_tables_hold_the_scores_of_all_test_songs(printed, folders):
     head, *rows = Page(outdir / "index.html").rows
     assert head == ["Song", "Mixture", "Estimate", "Improvement"]
     lines = output.splitlines()[1:4]
-    for (name, values), row, line in zip(expected.items(), rows, lines, strict=True):
+    assert len(rows) == len(lines) == len(expected)
+    for (name, values), row, line in zip(expected.items(), rows, lines):
         assert row[0] == name.replace(" - ", "\N{NO-BREAK SPACE}\N{EN DASH} ")
         np.testing.assert_allclose([float(cell.replace("\N{MINUS SIGN}", "-")) for cell in row[1:]], values, atol=0.02)
         assert line.startswith(name)

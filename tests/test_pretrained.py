@@ -10,6 +10,7 @@ import nnabla as nn
 import numpy as np
 import pytest
 import soundfile
+import urllib3
 from test_separate import N_FFT, N_HOP, RATE, SIZES, random_params, song
 
 import pretrained
@@ -162,7 +163,8 @@ def damage(server, kind):
     path = f"/umx/{name_of('umx', 'bass')}"
     if kind == "truncated":
         server.cut.add(path)
-        return "cannot download"
+        # before its version 2, urllib3 did not compare what came with what was promised
+        return "cannot download" if urllib3.__version__ >= "2" else "is not the published file"
     if kind == "tampered":
         server.files[path] = server.files[path].replace(b"input_mean", b"input_evil")
         return "is not the published file"
