@@ -1,0 +1,517 @@
+"""Scores over MUSDB18: ``python evaluate.py --root MUSDB18`` separates its test set and scores it with museval.
+
+<evaldir>/<subset>/<track>.json is what museval writes (BSSEval v4, frames of 1 s); summary.json and scores.png
+sum it up: medians over frames, then over tracks, the way of SiSEC 2018.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from types import SimpleNamespace
+
+import nnabla as nn
+import numpy as np
+import soundfile
+from tqdm import tqdm
+
+import data
+import kernels
+import separate
+import utils
+from args import evaluate_parser
+from separate import Separator
+from utils import UsageError
+
+METRICS = ("SDR", "SIR", "ISR", "SAR")
+PAIR = ("vocals", "accompaniment")
+FOUR = "four sources"
+MODE = "BSSEval v4, frames of 1 s"  # museval's defaults, which SiSEC 2018 used
+PUBLISHED = Path(__file__).parent / "docs" / "published_scores.json"
+
+
+# ------------------------------------------------------------------------------ what is compared with what
+
+
+def references(separator, aggregate, targets):
+    """The sources whose sum each stem should be, {stem: set of names}, of the stems that should hold any.
+
+    Args:
+        aggregate: {stem: names of the separator's} or None
+        targets: musdb's, {name: {source: gain}}
+    Raises:
+        UsageError: a stem that MUSDB18 lacks, or one that is named like another sum of sources.
+    """
+    if unknown := [name for name in separator.targets if name not in targets]:
+        raise UsageError(f"MUSDB18 has no {unknown[0]} to score it with: it has {', '.join(targets)}")
+    parts = {name: set(targets[name]) for name in separator.targets}
+    if separator.residual:
+        parts[separator.sources[-1]] = set(targets["linear_mixture"]).difference(*parts.values())
+    if aggregate:
+        parts = {stem: set().union(*(parts[name] for name in names)) for stem, names in aggregate.items()}
+    for stem, sources in parts.items():
+        if sources != set(targets.get(stem, sources)):
+            holds = " + ".join(sorted(sources)) or "none of its sources"
+            raise UsageError(f"the stem {stem!r} would be {holds}, which is not what MUSDB18 calls so: rename it")
+    return {stem: sources for stem, sources in parts.items() if sources}
+
+
+def evaluations(stems):
+    """Which scores museval gives these stems, and among which they are scored: {label: stems}.
+
+    Scores depend on what a stem is compared with. With vocals and accompaniment among other stems, museval scores
+    two things: those two against each other, and the others together with the vocals.
+
+    Args:
+        stems: {name: set of sources}
+    Raises:
+        UsageError: a stem alone, or stems that share a source.
+    """
+    paired = all(name in stems for name in PAIR)
+    together = [name for name in stems if not paired or name != "accompaniment"]
+    groups = [(together, [name for name in together if not paired or name != "vocals"])] if len(together) > 1 else []
+    groups += [(PAIR, list(PAIR))] if paired else []
+    if not groups:
+        raise UsageError("BSSEval needs two stems with sources of MUSDB18: --residual gives one more, the rest")
+    labels = {}
+    for group, scored in groups:
+        sources = [source for name in group for source in stems[name]]
+        if len(set(sources)) < len(sources):
+            raise UsageError(f"stems share sources, so they cannot be told apart: {', '.join(group)}")
+        four = len(group) == 4 and all(stems[name] == {name} for name in group)
+        labels[FOUR if four else "/".join(group)] = scored
+    return labels
+
+
+def fingerprint(separator):
+    """SHA-256 of all weights."""
+    digest = hashlib.sha256()
+    for one in separator.models:
+        with one.parameter_scope():
+            for name, parameter in sorted(nn.get_parameters(grad_only=False).items()):
+                digest.update(name.encode() + parameter.d.tobytes())
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------ one track
+
+
+class Scorer:
+    """Separates and scores tracks: <evaldir>/<subset>/<track>.json, and the stems if they are to be kept.
+
+    Args:
+        separator: Separator
+        aggregate, stems: see `references`
+        sources: {source: its file in a folder of WAV}, musdb's
+        is_wav: whether tracks are such folders
+        outdir: of the stems, or None
+    """
+
+    def __init__(self, separator, aggregate, stems, sources, is_wav, evaldir, outdir):
+        self.separator, self.aggregate, self.stems = separator, aggregate or {}, stems
+        self.sources, self.is_wav = sources, is_wav
+        self.evaldir, self.outdir = Path(evaldir), outdir and Path(outdir)
+        self.names = list(aggregate or separator.sources)
+
+    def json(self, track):
+        return self.evaldir / track.subset / f"{track.name}.json"
+
+    def files(self, track):
+        return {name: self.outdir / track.subset / track.name / f"{name}.wav" for name in self.names if self.outdir}
+
+    def scored(self, track):
+        """Whether a track has all its scores."""
+        try:
+            return {target["name"] for target in utils.read_json(self.json(track))["targets"]} == set(self.stems)
+        except (UsageError, KeyError, TypeError):
+            return False
+
+    def done(self, track):
+        return self.scored(track) and all(path.exists() for path in self.files(track).values())
+
+    def __call__(self, track):
+        """Separate and score a musdb track; whatever is wrong with it, the others must go on.
+
+        Returns:
+            dict: track; silent or error, if it has no scores, why; or seconds: of audio, of the work on it
+        """
+        try:
+            return {"track": track.name, **self.score(track)}
+        except UsageError as error:
+            return {"track": track.name, "error": str(error)}
+        except Exception as error:
+            return {"track": track.name, "error": f"{type(error).__name__}: {error}"}
+
+    def score(self, track):
+        import museval
+
+        song = data.open_track(track, self.sources, self.is_wav)
+        truth = {
+            stem: sum(soundfile.read(song.sources[source], always_2d=True)[0] for source in sorted(sources))
+            for stem, sources in self.stems.items()
+        }
+        silent = next((f"the source {name!r} is silent" for name, audio in truth.items() if is_silent(audio)), None)
+        if silent and all(path.exists() for path in self.files(track).values()):
+            return {"silent": silent}
+        start = time.perf_counter()
+        estimates = self.separate(song)
+        separated = time.perf_counter()
+        self.write(track, estimates, song.sample_rate)
+        silent = silent or next(
+            (f"the estimate {name!r} is silent" for name in truth if is_silent(estimates[name])), None
+        )
+        if silent:  # museval would raise
+            return {"silent": silent}
+        scoring = time.perf_counter()
+        scores = museval.eval_mus_track(
+            SimpleNamespace(
+                name=track.name,
+                rate=song.sample_rate,
+                targets={name: SimpleNamespace(audio=audio) for name, audio in truth.items()},
+            ),
+            {name: estimates[name] for name in truth},
+        )
+        scores.validate()
+        # not by museval's output_dir: it writes in place, and says nothing about a full disk
+        path = self.json(track)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with utils.atomic_path(path) as temporary:
+            temporary.write_text(scores.json)
+        seconds = {"separation": separated - start, "museval": time.perf_counter() - scoring}
+        return {"seconds": {"audio": song.frames / song.sample_rate, **seconds}}
+
+    def separate(self, song):
+        """Stems (nb_timesteps, nb_channels) by name."""
+        stems = self.separator(data.read(song.mixture), song.sample_rate)
+        if self.aggregate:
+            stems = {name: sum(stems[part] for part in parts) for name, parts in self.aggregate.items()}
+        return {name: audio.T for name, audio in stems.items()}
+
+    def write(self, track, estimates, rate):
+        """The layout of musdb's save_estimates; in float, so that the files have the scores of what they hold."""
+        for name, path in self.files(track).items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with utils.atomic_path(path) as temporary:
+                soundfile.write(temporary, estimates[name], rate, "FLOAT")
+            for leftover in path.parent.glob(".*.wav"):  # of a run that was killed while it wrote
+                leftover.unlink()
+
+
+def is_silent(audio):
+    """museval's idea of silence: channels that sum to zero, in audio (nb_timesteps, nb_channels)."""
+    return not audio.sum(axis=1).any()
+
+
+# ------------------------------------------------------------------------------------------ all tracks
+
+
+def in_this_process(tracks, scorer):
+    """Results of tracks, one after the other."""
+    interrupted = False
+
+    def interrupt(*_):
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    handler = signal.signal(signal.SIGINT, interrupt)
+    try:
+        for track in tracks:
+            result = scorer(track)
+            if interrupted:  # within a function of NNabla, which turned it into a RuntimeError
+                raise KeyboardInterrupt
+            yield result
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def set_up(loading, threads, plain, **options):
+    """A Scorer with a Separator of its own; arguments as of Separator.load and Scorer."""
+    kernels.set_threads(threads)
+    utils.set_plain(plain)
+    return Scorer(Separator.load(**loading), **options)
+
+
+_scorer = None  # of a process of `in_processes`
+
+
+def _start(arguments):
+    def end_with_parent():  # else a process would work on after kill -9, and then wait for ever
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    global _scorer
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):  # the parent said it
+        _scorer = set_up(**arguments)
+
+
+def _score(track):
+    return _scorer(track)
+
+
+def in_processes(tracks, cores, threads, arguments):
+    """Results of tracks, as they come, from `cores` processes of `threads` threads each.
+
+    Processes are spawned, not forked: a fork would copy NNabla's state and our pool, but not their threads.
+    """
+    limits = {f"{name}_NUM_THREADS": str(threads) for name in ("OPENBLAS", "MKL", "OMP")}
+    before = {name: os.environ.get(name) for name in limits}
+    with ProcessPoolExecutor(
+        cores, multiprocessing.get_context("spawn"), _start, ({**arguments, "threads": threads},)
+    ) as pool:
+        # What processes are born with: BLAS reads its limits when it is imported, and Ctrl-C is for us alone.
+        os.environ.update(limits)
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            pending = {pool.submit(_score, track): track.name for track in tracks}
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+        try:
+            for future in as_completed(pending):
+                try:
+                    yield future.result()
+                except BrokenProcessPool:
+                    died = "not scored, a process died: of too little memory? Try fewer --cores"
+                    yield {"track": pending[future], "error": died}
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+# ---------------------------------------------------------------------------------------------- results
+
+
+def prepare(evaldir, subset, settings):
+    """The folder of the scores, ready for a new run, or for another one with the same settings.
+
+    Returns:
+        the content of summary.json
+    """
+    summary, folder = Path(evaldir, "summary.json"), Path(evaldir, subset)
+    utils.writable_folder(folder)
+    for leftover in folder.glob(".*.json"):  # of a run that was killed while it wrote
+        leftover.unlink()
+    if not summary.exists():
+        if any(folder.glob("*.json")):
+            raise UsageError(f"{evaldir} holds scores, but no summary.json that tells whose: choose another --evaldir")
+        utils.write_json(summary, {"settings": settings})
+    earlier = utils.read_json(summary)
+    for key, value in settings.items():
+        was = earlier.get("settings", {}).get(key)
+        if was != value:
+            raise UsageError(f"{evaldir} holds scores with {key} {was!r}, not {value!r}: choose another --evaldir")
+    return earlier
+
+
+def read_scores(paths):
+    """museval's EvalStore of its JSON files: it knows how to aggregate them."""
+    import museval
+    from museval.aggregate import json2df
+
+    store = museval.EvalStore()
+    for path in paths:
+        store.add_track(json2df(utils.read_json(path), path.stem))
+    return store
+
+
+def medians(store):
+    """{target: {metric: median over frames, then over tracks}}, NaN where no frame has a score."""
+    scores = store.agg_frames_tracks_scores().unstack()
+    return {target: {metric: float(scores[metric][target]) for metric in METRICS} for target in scores.index}
+
+
+def table(scores, labels, title, published):
+    """Lines: own medians, an evaluation after the other, and beside them the published ones.
+
+    Args:
+        scores: of `medians`; labels: of `evaluations`; published: the content of published_scores.json
+    """
+    lines, width = [], max(map(len, [*labels, *scores]))
+    for label, targets in labels.items():
+        others = published["models"] if label == published["evaluation"] else []
+        beside = "   published SDR: " + "  ".join(model["name"] for model in others) if others else ""
+        lines += ["", f"{label:{width}}" + "".join(f"{metric:>8}" for metric in METRICS) + beside]
+        for target in targets:
+            line = f"{target:{width}}" + "".join(f"{scores[target][metric]:8.2f}" for metric in METRICS)
+            if others:
+                line += " " * len("   published SDR:")
+                for model in others:
+                    line += f"{model['scores'][target]['SDR']:{len(model['name']) + 1}.2f} "
+            lines.append(line.rstrip())
+    return "\n".join([title, *lines[1:]])
+
+
+def plot(path, tracks, labels, title):
+    """Box plots over tracks: a row per evaluation, a column per metric.
+
+    Args:
+        tracks: {track: {target: {metric: median over frames}}}
+    """
+    from matplotlib.figure import Figure  # slow to import
+
+    boxes = len(METRICS) * max(map(len, labels.values()))
+    figure = Figure(figsize=(2 + 0.55 * max(12, boxes), 0.6 + 3 * len(labels)), layout="constrained")
+    figure.suptitle(title)
+    for row, (label, targets) in zip(figure.subplots(len(labels), len(METRICS), squeeze=False), labels.items()):
+        for axes, metric in zip(row, METRICS):
+            columns = [[scores[target][metric] for scores in tracks.values()] for target in targets]
+            columns = [[value for value in column if np.isfinite(value)] for column in columns]
+            axes.boxplot(columns, widths=0.6, medianprops={"color": "C3"}, flierprops={"marker": ""})
+            for x, column in enumerate(columns, 1):
+                aside = np.linspace(-0.2, 0.2, len(column) + 2)[1:-1]
+                axes.plot(x + aside, column, ".", color="C0", ms=4, alpha=0.5)
+            axes.set_xticks(range(1, len(targets) + 1), targets, rotation=30, ha="right")
+            axes.set_title(metric)
+            axes.grid(axis="y", lw=0.4)
+        row[0].set_ylabel(f"{label}, dB")
+    with utils.atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def without_nan(value):
+    """The same with None for NaN, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def summarize(evaldir, paths, labels, subset):
+    """Read the tracks' JSON files, draw scores.png; returns the table, and what summary.json says of scores.
+
+    Args:
+        paths: of the JSON files; labels: see `evaluations`
+    """
+    store = read_scores(paths)
+    scores, by_track = medians(store), store.agg_frames_scores().unstack()
+    tracks = {
+        path.stem: {
+            target: {metric: float(by_track[metric][path.stem, target]) for metric in METRICS} for target in scores
+        }
+        for path in paths
+    }
+    unscored = store.df[store.df.metric == "SDR"].groupby(["track", "time"]).score.apply(lambda sdr: sdr.isna().any())
+    frames = {track: (int(nans.sum()), len(nans)) for track, nans in unscored.groupby("track")}
+    counted = by_track["SDR"].dropna().index.get_level_values("track").nunique()
+    title = f"{MODE}, median over frames, then over {counted} track{'s' * (counted != 1)} of {subset}, in dB"
+    plot(Path(evaldir, "scores.png"), tracks, labels, title)
+    return table(scores, labels, f"{title}\n", utils.read_json(PUBLISHED)), {
+        "scores": {label: {target: scores[target] for target in targets} for label, targets in labels.items()},
+        "tracks": tracks,
+        "frames_without_score": {track: f"{count} of {total}" for track, (count, total) in frames.items() if count},
+    }
+
+
+def per_minute(results):
+    """Seconds of work per minute of audio, {part: seconds}; of the tracks that were scored in this run."""
+    seconds = [result["seconds"] for result in results if "seconds" in result]
+    minutes = sum(one["audio"] for one in seconds) / 60
+    return {part: sum(one[part] for one in seconds) / minutes for part in ("separation", "museval") if seconds}
+
+
+# ----------------------------------------------------------------------------------------- command line
+
+
+@utils.command
+def main(argv=None):
+    args = evaluate_parser().parse_args(argv)
+    subset, split = ("train", "valid") if args.subset == "valid" else (args.subset, None)
+    evaldir = Path(args.evaldir or Path("evaluation", Path(args.model).resolve().stem)).expanduser()
+    mus = data.database(args.root, args.is_wav, subset, split)
+    loading = {
+        "model": args.model,
+        "targets": args.targets,
+        "model_dir": args.model_dir,
+        "quiet": args.quiet,
+        "niter": args.niter,
+        "softmask": args.softmask,
+        "alpha": args.alpha,
+        "residual": args.residual or False,
+        "wiener_win_len": args.wiener_win_len or None,
+        "context": args.context,
+        "device_id": args.device_id,
+        "segment": args.segment,
+    }
+    kernels.set_threads(args.threads)
+    utils.set_plain(args.plain)
+    separator = Separator.load(**loading)
+    if args.softmask and len(separator.targets) == 1:
+        raise UsageError("--softmask shares the mixture out among targets: it needs two of them")
+    aggregate = separate._parse_aggregate(args.aggregate, separator.sources) if args.aggregate else None
+    stems = references(separator, aggregate, mus.setup["targets"])
+    labels = evaluations(stems)
+    # What changes scores by more than rounding: neither --context nor --threads.
+    settings = {
+        "root": str(Path(mus.root).resolve()),
+        "subset": args.subset,
+        "targets": separator.targets,
+        "stems": {stem: sorted(sources) for stem, sources in stems.items()},
+        "sample_rate": separator.sample_rate,
+        "n_hop": separator.n_hop,
+        "museval": importlib.metadata.version("museval"),
+        "mode": MODE,
+        **{key: loading[key] for key in ("niter", "softmask", "alpha", "residual", "wiener_win_len", "segment")},
+        "weights": fingerprint(separator),
+    }
+    earlier = prepare(evaldir, subset, settings)
+    outdir = args.outdir and utils.writable_folder(args.outdir)
+    files = {"sources": mus.setup["sources"], "is_wav": args.is_wav, "evaldir": evaldir, "outdir": outdir}
+    files.update(aggregate=aggregate, stems=stems)
+    scorer = Scorer(separator, **files)
+    todo = [track for track in mus.tracks if not scorer.done(track)]
+    if len(todo) < len(mus.tracks) and not args.quiet:
+        print(f"{len(mus.tracks) - len(todo)} of {len(mus.tracks)} tracks have their scores already")
+    cores = max(1, min(args.cores, len(todo)))
+    if cores > 1:
+        arguments = {"loading": {**loading, "quiet": True}, "plain": args.plain, **files}
+        results = in_processes(todo, cores, max(1, kernels.get_threads() // cores), arguments)
+    else:
+        results = in_this_process(todo, scorer)
+    try:
+        results = list(tqdm(results, "Separating and scoring", len(todo), disable=args.quiet, unit="track"))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command continues") from None
+
+    silent = {result["track"]: result["silent"] for result in results if "silent" in result}
+    failed = {result["track"]: result["error"] for result in results if "error" in result}
+    paths = [scorer.json(track) for track in mus.tracks if scorer.scored(track)]
+    summary = {"settings": settings, "model": args.model, "silent": silent, "failed": failed, **utils.run_metadata()}
+    summary["date"] = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    if paths:
+        lines, scores = summarize(evaldir, paths, labels, args.subset)
+        summary.update(scores)
+        print(lines)
+        if scores["frames_without_score"]:
+            print("Without a score, since a stem is silent, are the frames:")
+        for track, count in scores["frames_without_score"].items():
+            print(f"  {track}: {count}")
+    summary["seconds_per_minute"] = earlier.get("seconds_per_minute")
+    if seconds := per_minute(results):
+        summary["seconds_per_minute"] = {**seconds, "cores": cores}
+        print(
+            ", ".join(f"{part} {value:.1f} s" for part, value in seconds.items()) + " per minute of audio and process"
+        )
+    utils.write_json(evaldir / "summary.json", without_nan(summary))
+    for track, reason in silent.items():
+        print(f"Not scored: {track}: {reason}")
+    for track, error in failed.items():
+        print(f"evaluate.py: {track}: {error}", file=sys.stderr)
+    if failed or not paths:
+        print(f"evaluate.py: {len(failed)} track(s) failed, {len(paths)} scored", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

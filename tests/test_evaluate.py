@@ -1,0 +1,579 @@
+"""The evaluation, run as a user runs it: on short mono songs, which museval scores within a fraction of a second."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import musdb
+import museval
+import numpy as np
+import pytest
+import soundfile
+import stempeg
+
+import args
+import evaluate
+import kernels
+import separate
+import utils
+import weights
+from args import TARGETS
+from utils import UsageError
+
+RATE, N_FFT, N_HOP = 8000, 256, 64
+SIZES = {"nb_channels": 1, "hidden_size": 8, "nb_layers": 3, "nb_bins": 129, "max_bin": 100, "unidirectional": False}
+ACCOMPANIMENT = ["--targets", "vocals", "--residual", "accompaniment"]
+NAMES = ["First - Song", "Second - Song", "Third - Song"]
+METRICS = ("SDR", "SIR", "ISR", "SAR")
+
+
+def write_song(folder, seed, seconds=3.5, silent=None):
+    """Tones in noise. `silent` {source: slice} is zeroed."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(int(seconds * RATE)) / RATE
+    sources = {}
+    for k, name in enumerate(TARGETS):
+        tone = np.sin(2 * np.pi * 110 * 2**k * t + 3 * np.sin(4 * t)) * (1 + np.sin((2 + k) * t))
+        sources[name] = np.round(3000 * tone + 500 * rng.standard_normal(t.size)).astype(np.int16)
+        if silent and name in silent:
+            sources[name][silent[name]] = 0
+    folder.mkdir(parents=True)
+    for name, audio in {**sources, "mixture": sum(sources.values())}.items():
+        soundfile.write(folder / f"{name}.wav", audio, RATE)
+
+
+def write_model(folder, seed=0):
+    folder.mkdir()
+    for k, target in enumerate(TARGETS):
+        rng = np.random.default_rng(seed + k)
+        params = {name: 0.4 * rng.standard_normal(shape) for name, shape in weights._shapes(**SIZES).items()}
+        for name, values in params.items():
+            if name.endswith(("/var", "/gamma")) or name.startswith(("input_scale", "output_scale", "output_mean")):
+                values[...] = 1 + np.abs(values)
+        weights.save(folder / f"{target}.h5", {name: values.astype(np.float32) for name, values in params.items()})
+    config = {"nfft": N_FFT, "nhop": N_HOP, "sample_rate": RATE, "nb_channels": 1}
+    (folder / "separator.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(autouse=True)
+def fast():
+    yield
+    utils.set_plain(False)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A MUSDB18 of three test songs, and beside it two models, in m0/ and m1/."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    for seed, name in enumerate(NAMES):
+        write_song(folder / "musdb" / "test" / name, seed)
+    write_model(folder / "m0")
+    write_model(folder / "m1", 10)
+    return folder / "musdb"
+
+
+def copy(root, folder):
+    """The songs in another folder, and the models beside them."""
+    shutil.copytree(root.parent, folder, dirs_exist_ok=True)
+    return folder / root.name
+
+
+def command(root, evaldir, *options):
+    model = ["--model", str(root.parent / "m0"), "--context", "cpu", "--is-wav", "--quiet"]
+    return ["--root", str(root), *model, "--evaldir", str(evaldir), *map(str, options)]
+
+
+def run(root, evaldir, *options):
+    """Returns summary.json."""
+    evaluate.main(command(root, evaldir, *options))
+    return summary(evaldir)
+
+
+def fails(capsys, root, evaldir, *options, status=2):
+    """Returns what it says."""
+    with pytest.raises(SystemExit) as error:
+        run(root, evaldir, *options)
+    assert error.value.code == status
+    return capsys.readouterr().err
+
+
+def summary(evaldir):
+    return json.loads((evaldir / "summary.json").read_text())
+
+
+def scores_of(path):
+    """{target: {metric: array over frames}} of museval's JSON."""
+    targets = json.loads(path.read_text())["targets"]
+    return {
+        one["name"]: {metric: np.array([frame["metrics"][metric] for frame in one["frames"]]) for metric in METRICS}
+        for one in targets
+    }
+
+
+def truth(root, track):
+    sources = {name: soundfile.read(root / "test" / track / f"{name}.wav", always_2d=True)[0] for name in TARGETS}
+    return {**sources, "accompaniment": sources["drums"] + sources["bass"] + sources["other"]}
+
+
+@pytest.fixture(scope="module")
+def whole(root, tmp_path_factory):
+    """A run without interruption, that keeps the stems: evaldir, outdir."""
+    folder = tmp_path_factory.mktemp("whole")
+    evaluate.main(command(root, folder / "eval", "--outdir", folder / "stems"))
+    return folder / "eval", folder / "stems"
+
+
+@pytest.fixture(scope="module")
+def pair(root, tmp_path_factory):
+    """Likewise, of vocals and accompaniment."""
+    folder = tmp_path_factory.mktemp("pair")
+    evaluate.main(command(root, folder, *ACCOMPANIMENT))
+    return folder
+
+
+# ------------------------------------------------------------------------------------------- scores
+
+
+def test_json_is_musevals_own_for_the_same_stems(root, whole, tmp_path):
+    evaldir, stems = whole
+    for track in musdb.DB(root=str(root), subsets="test", is_wav=True).tracks[:1]:
+        folder = stems / "test" / track.name
+        estimates = {path.stem: soundfile.read(path, always_2d=True)[0] for path in folder.iterdir()}
+        assert set(estimates) == set(TARGETS)
+        museval.eval_mus_track(track, estimates, output_dir=str(tmp_path))
+        assert (evaldir / "test" / f"{track.name}.json").read_text() == (
+            tmp_path / "test" / f"{track.name}.json"
+        ).read_text()
+
+
+def test_the_table_has_the_medians_of_museval_on_the_stems(root, whole, tmp_path, capsys):
+    evaldir, stems = whole
+    by_track = []
+    for name in NAMES:
+        estimates = [soundfile.read(stems / "test" / name / f"{target}.wav", always_2d=True)[0] for target in TARGETS]
+        reference = [truth(root, name)[target] for target in TARGETS]
+        sdr, isr, sir, sar = museval.evaluate(reference, estimates, win=RATE, hop=RATE)
+        by_track.append(np.nanmedian([sdr, sir, isr, sar], axis=2))
+    expected = np.median(by_track, axis=0)  # (metrics, targets)
+    scores = run(root, evaldir)["scores"]
+    own = [[scores["four sources"][target][metric] for target in TARGETS] for metric in METRICS]
+    np.testing.assert_allclose(own, expected, atol=1e-4)
+    printed = capsys.readouterr().out
+    for k, target in enumerate(TARGETS):
+        row = re.search(rf"^{target} +(.*)$", printed, re.MULTILINE)[1].split()
+        np.testing.assert_allclose(np.array(row[:4], float), expected[:, k], atol=0.006)
+        assert row[4:] == [f"{model['scores'][target]['SDR']:.2f}" for model in published()["models"]]
+
+
+def test_the_medians_are_those_of_museval_for_the_folder(whole):
+    evaldir, _ = whole
+    store = museval.EvalStore()
+    store.add_eval_dir(str(evaldir))
+    expected = store.agg_frames_tracks_scores()
+    for target, scores in summary(evaldir)["scores"]["four sources"].items():
+        for metric, value in scores.items():
+            assert value == pytest.approx(expected[target, metric])
+
+
+def test_vocals_and_accompaniment_are_an_evaluation_of_their_own(root, whole, pair, tmp_path, capsys):
+    assert list(summary(pair)["scores"]) == ["vocals/accompaniment"]
+    aggregate = json.dumps({**{name: [name] for name in TARGETS}, "accompaniment": list(TARGETS[1:])})
+    both = run(root, tmp_path, "--aggregate", aggregate, "--outdir", tmp_path / "stems")
+    assert {label: set(scores) for label, scores in both["scores"].items()} == {
+        "four sources": {"drums", "bass", "other"},
+        "vocals/accompaniment": {"vocals", "accompaniment"},
+    }
+    printed = capsys.readouterr().out
+    assert printed.index("four sources") < printed.index("drums") < printed.index("vocals/accompaniment")
+    four = summary(whole[0])["scores"]["four sources"]
+    assert both["scores"]["four sources"]["drums"] == pytest.approx(four["drums"], abs=1e-3)
+    # a source's interference is that of what it is compared with
+    assert both["scores"]["vocals/accompaniment"]["vocals"]["SIR"] != pytest.approx(four["vocals"]["SIR"], abs=0.1)
+    names, expected = ["vocals", "accompaniment"], []
+    for track in NAMES:
+        files = [tmp_path / "stems" / "test" / track / f"{name}.wav" for name in names]
+        estimates = [soundfile.read(path, always_2d=True)[0] for path in files]
+        reference = [truth(root, track)[name] for name in names]
+        expected.append(np.nanmedian(museval.evaluate(reference, estimates, win=RATE, hop=RATE)[2], axis=1))
+    own = [both["scores"]["vocals/accompaniment"][name]["SIR"] for name in names]
+    np.testing.assert_allclose(own, np.median(expected, axis=0), atol=1e-4)
+
+
+def test_a_target_alone_is_scored_beside_the_rest(root, tmp_path):
+    scores = run(root, tmp_path, "--targets", "bass", "--residual", "rest")["scores"]
+    assert set(scores["bass/rest"]) == {"bass", "rest"}
+
+
+def test_stems_in_mp4(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.data.pooch, "os_cache", lambda name: tmp_path / name)
+    (tmp_path / "musdb" / "test").mkdir(parents=True)
+    track = root / "test" / NAMES[0]
+    audio = [soundfile.read(track / f"{name}.wav")[0] for name in ("mixture", "drums", "bass", "other", "vocals")]
+    path = tmp_path / "musdb" / "test" / f"{NAMES[0]}.stem.mp4"
+    stereo = np.repeat(np.stack(audio)[:, :, None], 2, axis=2)
+    stereo[..., 1] *= 0.5  # channels in proportion would be one
+    stereo[:, 1:, 1] += 0.1 * stereo[:, :-1, 0]
+    stempeg.write_stems(str(path), stereo, sample_rate=RATE, writer=stempeg.StreamsWriter())
+    options = [
+        option for option in command(tmp_path / "musdb", tmp_path / "eval", *ACCOMPANIMENT) if option != "--is-wav"
+    ]
+    options[options.index("--model") + 1] = str(root.parent / "m0")
+    evaluate.main([*options, "--outdir", str(tmp_path / "stems")])
+    (mp4,) = musdb.DB(root=str(tmp_path / "musdb"), subsets="test").tracks
+    folder = tmp_path / "stems" / "test" / NAMES[0]
+    estimates = {path.stem: soundfile.read(path, always_2d=True)[0] for path in folder.iterdir()}
+    museval.eval_mus_track(mp4, estimates, output_dir=str(tmp_path / "expected"))
+    own, expected = (scores_of(tmp_path / name / "test" / f"{NAMES[0]}.json") for name in ("eval", "expected"))
+    np.testing.assert_allclose(own["vocals"]["SDR"], expected["vocals"]["SDR"], atol=1e-4)
+
+
+def published():
+    return json.loads(evaluate.PUBLISHED.read_text())
+
+
+def test_published_scores_have_a_source_each():
+    for model in published()["models"]:
+        assert "https://" in model["source"]
+        assert set(model["scores"]) == set(TARGETS)
+        assert all("SDR" in scores for scores in model["scores"].values())
+
+
+def test_the_picture_and_the_summary(whole):
+    evaldir, _ = whole
+    assert (evaldir / "scores.png").read_bytes().startswith(b"\x89PNG")
+    written = summary(evaldir)
+    assert written["settings"]["museval"] == "0.4.1" and written["settings"]["mode"].startswith("BSSEval v4")
+    assert written["settings"]["niter"] == 1 and len(written["settings"]["weights"]) == 64
+    assert written["model"].endswith("m0") and written["versions"]["nnabla"] == "1.39.0" and written["date"]
+    assert set(written["tracks"]) == set(NAMES)
+    assert written["seconds_per_minute"]["museval"] > 0
+
+
+# ------------------------------------------------------------------------- tracks that cannot be scored
+
+
+def test_silence_is_reported_and_kept_out(root, pair, tmp_path, capsys):
+    """A silent source, one that is silent for a second, one that is silent wherever the other sounds."""
+    songs = copy(root, tmp_path)
+    write_song(songs / "test" / "All - Silent", 5, silent={"vocals": slice(None)})
+    write_song(songs / "test" / "Never - Together", 6, 3, silent={"vocals": slice(RATE, None)})
+    for name in TARGETS[1:]:
+        path = songs / "test" / "Never - Together" / f"{name}.wav"
+        audio, _ = soundfile.read(path, dtype="int16")
+        audio[:RATE] = 0
+        soundfile.write(path, audio, RATE)
+    written = run(songs, tmp_path / "eval", *ACCOMPANIMENT)
+    assert written["silent"] == {"All - Silent": "the source 'vocals' is silent"}
+    assert written["frames_without_score"] == {"Never - Together": "3 of 3"}
+    assert written["scores"] == summary(pair)["scores"]
+    printed = capsys.readouterr().out
+    assert "All - Silent: the source 'vocals' is silent" in printed and "Never - Together: 3 of 3" in printed
+    assert "over 3 tracks" in printed
+    assert written["tracks"]["Never - Together"]["vocals"]["SDR"] is None
+
+
+def test_frames_of_silence_are_left_out(root, tmp_path):
+    songs = tmp_path / "musdb"
+    write_song(songs / "test" / "Pause - Song", 1, silent={"vocals": slice(0, RATE)})
+    written = run(songs, tmp_path / "eval", *ACCOMPANIMENT, "--model", root.parent / "m0")
+    assert written["frames_without_score"] == {"Pause - Song": "1 of 3"}
+    sdr = scores_of(tmp_path / "eval" / "test" / "Pause - Song.json")["vocals"]["SDR"]
+    assert np.isnan(sdr[0])
+    assert written["scores"]["vocals/accompaniment"]["vocals"]["SDR"] == pytest.approx(np.median(sdr[1:]))
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_a_failing_track_does_not_stop_the_others(root, pair, tmp_path, capsys, cores):
+    songs = copy(root, tmp_path)
+    write_song(songs / "test" / "Broken - Song", 5)
+    (songs / "test" / "Broken - Song" / "bass.wav").unlink()
+    error = fails(capsys, songs, tmp_path / "eval", *ACCOMPANIMENT, "--cores", cores, status=1)
+    assert "Broken - Song" in error and "bass.wav" in error and "Traceback" not in error
+    assert summary(tmp_path / "eval")["scores"] == summary(pair)["scores"]
+    shutil.copy(songs / "test" / NAMES[0] / "bass.wav", songs / "test" / "Broken - Song")
+    assert run(songs, tmp_path / "eval", *ACCOMPANIMENT)["failed"] == {}
+
+
+# ------------------------------------------------------------------------------------ interruptions
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    """Six songs, which take a while, and what an uninterrupted run makes of them."""
+    folder = tmp_path_factory.mktemp("long")
+    for seed in range(6):
+        write_song(folder / "musdb" / "test" / f"Song {seed}", seed, 20)
+    write_model(folder / "m0")
+    return folder / "musdb", run(folder / "musdb", folder / "eval", *ACCOMPANIMENT)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize("cores", [1, 2])
+def test_an_interrupted_run_continues(long, tmp_path, number, status, cores):
+    root, expected = long
+    script = [sys.executable, str(Path(evaluate.__file__)), *command(root, tmp_path / "eval", *ACCOMPANIMENT)]
+    process = subprocess.Popen([*script, "--cores", str(cores)], stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / "eval" / "test"
+    limit = time.monotonic() + 60
+    while not (folder.is_dir() and any(folder.glob("Song*.json"))):
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.02)
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert len(children) >= cores if cores > 1 else True
+    process.send_signal(number)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert "Traceback" not in error
+    if number == signal.SIGINT:
+        assert "the same command continues" in error
+    done = {path.name: path.stat().st_mtime_ns for path in folder.glob("Song*.json")}
+    assert 0 < len(done) < 6
+    while any(map(alive, children)):  # they see it at once, but a kernel or a product may have to end
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    (folder / ".Song 5.123.json").write_text("{")  # what a kill at the wrong moment leaves
+    written = run(root, tmp_path / "eval", *ACCOMPANIMENT)
+    assert written["scores"] == expected["scores"] and written["tracks"] == expected["tracks"]
+    assert all((folder / name).stat().st_mtime_ns == then for name, then in done.items())
+    assert len(list(folder.iterdir())) == 6
+
+
+def test_half_a_json_is_made_again(root, pair, tmp_path):
+    shutil.copytree(pair, tmp_path / "eval")
+    path = tmp_path / "eval" / "test" / f"{NAMES[1]}.json"
+    text = path.read_text()
+    path.write_text(text[:100])
+    run(root, tmp_path / "eval", *ACCOMPANIMENT)
+    assert path.read_text() == text
+
+
+def test_stems_are_written_though_the_scores_are_there(root, pair, tmp_path):
+    shutil.copytree(pair, tmp_path / "eval")
+    run(root, tmp_path / "eval", *ACCOMPANIMENT, "--outdir", tmp_path / "stems")
+    assert len(list((tmp_path / "stems").rglob("*.wav"))) == 2 * len(NAMES)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--niter", "2"], "niter 1, not 2"),
+        (["--wiener-win-len", "100"], "wiener_win_len 300, not 100"),
+        (["--segment", "31"], "segment 480.0, not 31.0"),
+        (["--model", "m1"], "weights"),
+        (["--subset", "train"], "subset 'test', not 'train'"),
+        (["--root", "copy"], "root"),
+        (["--targets", "vocals", "drums", "--residual", "rest"], "targets"),
+    ],
+)
+def test_scores_of_other_settings_are_not_mixed(root, pair, tmp_path, capsys, options, message):
+    shutil.copytree(pair, tmp_path / "eval")
+    shutil.copytree(root, tmp_path / "copy")
+    (tmp_path / "copy" / "test").rename(tmp_path / "copy" / "train")
+    shutil.copytree(tmp_path / "copy" / "train", tmp_path / "copy" / "test")
+    places = {"m1": str(root.parent / "m1"), "copy": str(tmp_path / "copy")}
+    options = [places.get(option, option) for option in options]
+    if "--subset" in options:
+        options += ["--root", places["copy"]]
+    before = sorted(path.read_text() for path in (tmp_path / "eval").rglob("*.json"))
+    error = fails(capsys, root, tmp_path / "eval", *ACCOMPANIMENT, *options)
+    assert ("root" if "--subset" in options else message) in error and "choose another --evaldir" in error
+    assert error.count("\n") == 1
+    assert before == sorted(path.read_text() for path in (tmp_path / "eval").rglob("*.json"))
+
+
+# ------------------------------------------------------------------------------------------ options
+
+
+class Stop(Exception):
+    pass
+
+
+OPTIONS = {
+    "model": "m1",
+    "model_dir": "somewhere",
+    "targets": ["bass", "vocals"],
+    "niter": 3,
+    "softmask": True,
+    "alpha": 1.5,
+    "wiener_win_len": 77,
+    "residual": "rest",
+    "segment": 50.0,
+    "context": "cpu",
+    "device_id": "1",
+}
+ELSEWHERE = {"aggregate", "threads", "plain"}  # reach the stems and the threads, see below
+
+
+def test_every_option_of_separation_has_a_test():
+    parser = args.Parser()
+    args.add_separation_options(parser)
+    args.add_context_options(parser)
+    assert {action.dest for action in parser._actions} - {"help"} == OPTIONS.keys() | ELSEWHERE
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_reach_the_separator(root, tmp_path, monkeypatch, name):
+    def load(**options):
+        seen.update(options)
+        raise Stop
+
+    seen = {}
+    monkeypatch.setattr(evaluate.Separator, "load", load)
+    value, option = OPTIONS[name], f"--{name.replace('_', '-')}"
+    values = [] if value is True else value if isinstance(value, list) else [value]
+    with pytest.raises(Stop):
+        run(root, tmp_path, option, *values)
+    assert seen[name] == value
+
+
+def test_options_change_the_stems_alike_in_both_commands(root, tmp_path):
+    """Stems of evaluate.py are those of separate.py, also from processes."""
+    root = copy(root, tmp_path / "copy")
+    shutil.rmtree(root / "test" / NAMES[2])
+    options = [
+        "--niter",
+        "2",
+        "--softmask",
+        "--alpha",
+        "1.3",
+        "--wiener-win-len",
+        "20",
+        "--residual",
+        "rest",
+        "--plain",
+    ]
+    options += [
+        "--targets",
+        "vocals",
+        "bass",
+        "--aggregate",
+        json.dumps({"rest": ["rest"], "sung": ["vocals", "bass"]}),
+    ]
+    run(root, tmp_path / "eval", *options, "--outdir", tmp_path / "stems", "--cores", 2)
+    shared = ["--model", str(root.parent / "m0"), "--context", "cpu", "--quiet", *options]
+    for track in NAMES[:2]:
+        separate.main([str(root / "test" / track / "mixture.wav"), "--outdir", str(tmp_path / track), *shared])
+        for stem in ("rest", "sung"):
+            own, _ = soundfile.read(tmp_path / "stems" / "test" / track / f"{stem}.wav")
+            np.testing.assert_allclose(own, soundfile.read(tmp_path / track / "mixture" / f"{stem}.wav")[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("start", ["the command", "a process of its own"])
+def test_threads_and_plain_functions(root, tmp_path, monkeypatch, start):
+    def load(**options):
+        assert kernels.get_threads() == 3 and not utils.fast()
+        raise Stop
+
+    monkeypatch.setattr(evaluate.Separator, "load", load)
+    with pytest.raises(Stop):
+        if start == "the command":
+            run(root, tmp_path, "--threads", 3, "--plain")
+        else:
+            evaluate.set_up(loading={}, threads=3, plain=True)
+
+
+def test_processes_share_the_threads(root, tmp_path, monkeypatch):
+    def in_processes(tracks, cores, threads, arguments):
+        seen.append((len(tracks), cores, threads))
+        return []
+
+    seen = []
+    monkeypatch.setattr(evaluate, "in_processes", in_processes)
+    for cores, threads in ((2, 8), (3, 8), (50, 2)):
+        with pytest.raises(SystemExit):
+            run(root, tmp_path, "--cores", cores, "--threads", threads)
+    assert seen == [(3, 2, 4), (3, 3, 2), (3, 3, 1)]
+
+
+# --------------------------------------------------------------------------------- which stems are what
+
+
+def stems_of(targets, residual=None, aggregate=None):
+    sources = [*targets, residual] if residual else list(targets)
+    separator = SimpleNamespace(targets=list(targets), sources=sources, residual=bool(residual))
+    known = {name: {name: 1} for name in TARGETS}
+    known.update(accompaniment=dict.fromkeys(TARGETS[1:], 1), linear_mixture=dict.fromkeys(TARGETS, 1))
+    return evaluate.references(separator, aggregate, known)
+
+
+@pytest.mark.parametrize(
+    "arguments, labels",
+    [
+        ((TARGETS,), {"four sources": list(TARGETS)}),
+        ((TARGETS, "residual"), {"four sources": list(TARGETS)}),
+        ((["vocals"], "accompaniment"), {"vocals/accompaniment": ["vocals", "accompaniment"]}),
+        ((["vocals", "accompaniment"],), {"vocals/accompaniment": ["vocals", "accompaniment"]}),
+        ((TARGETS[:3], "other"), {"four sources": list(TARGETS)}),
+        ((TARGETS[:3], "rest"), {"vocals/drums/bass/rest": ["vocals", "drums", "bass", "rest"]}),
+        ((["bass"], "rest"), {"bass/rest": ["bass", "rest"]}),
+        ((TARGETS[:2],), {"vocals/drums": ["vocals", "drums"]}),
+        (
+            (TARGETS, None, {"vocals": ["vocals"], "accompaniment": ["drums", "bass", "other"]}),
+            {"vocals/accompaniment": ["vocals", "accompaniment"]},
+        ),
+    ],
+)
+def test_labels(arguments, labels):
+    assert evaluate.evaluations(stems_of(*arguments)) == labels
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((["vocals"],), "--residual"),
+        ((["speech"],), "MUSDB18 has no speech"),
+        ((["vocals", "drums"], "other"), "'other' would be bass \\+ other"),
+        ((TARGETS, None, {"vocals": ["drums"], "drums": ["vocals"]}), "'vocals' would be drums"),
+        ((TARGETS, None, {"a": ["drums", "bass"], "b": ["drums"]}), "cannot be told apart: a, b"),
+    ],
+)
+def test_stems_that_cannot_be_scored(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        evaluate.evaluations(stems_of(*arguments))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--root", "nowhere"], "no folder test/"),
+        (["--subset", "train"], "no folder train/"),
+        (["--model", "nothing"], "unknown model"),
+        (["--targets", "vocals"], "--residual"),
+        (["--targets", "piano"], "no weights of the target 'piano'"),
+        (["--cores", "0"], "0 is not at least 1"),
+        (["--aggregate", "{"], "--aggregate {"),
+        (["--alpha", "2"], "alpha"),
+        (["--subset", "all"], "invalid choice"),
+    ],
+)
+def test_bad_input(root, tmp_path, capsys, options, message):
+    error = fails(capsys, root, tmp_path / "eval", *options)
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "eval").exists()
+
+
+def test_stems_and_wav_are_told_apart(root, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main([option for option in command(root, tmp_path) if option != "--is-wav"])
+    assert "add --is-wav" in capsys.readouterr().err
+
+
+def test_scores_of_somebody_else_are_left_alone(root, tmp_path, capsys):
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / f"{NAMES[0]}.json").write_text("{}")
+    assert "no summary.json" in fails(capsys, root, tmp_path)
