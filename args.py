@@ -141,6 +141,23 @@ def separate_parser():
     return parser
 
 
+def evaluate_parser():
+    parser = Parser(prog="evaluate.py", description="Separate MUSDB18's test set and score the stems with museval.")
+    parser.add_argument(
+        "--evaldir", help="folder of the scores, where the same command continues; default: evaluation/<model>"
+    )
+    parser.add_argument("--outdir", help="stems go to OUTDIR/<subset>/<track>/; default: they are not kept")
+    parser.add_argument(
+        "--cores", type=POSITIVE, default=1, help="tracks at a time, a process each; they share --threads"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    data = add_musdb_options(parser)
+    data.add_argument("--subset", choices=("test", "train", "valid"), default="test", help="valid is a part of train")
+    add_separation_options(parser)
+    add_context_options(parser)
+    return parser
+
+
 def weights_parser():
     parser = Parser(prog="weights.py", description="Convert weights between NNabla (.h5) and torch (.pth).")
     parser.add_argument("src", help="file or model folder: ours, Sony's NNabla, or openunmix's")

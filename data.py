@@ -58,8 +58,8 @@ def read(path, start=0, frames=-1):
     return np.ascontiguousarray(audio.T)
 
 
-def _musdb(root, is_wav, split):
-    """musdb's database of one split, and a clear line for everything that can be wrong with it."""
+def database(root, is_wav, subset="train", split=None):
+    """musdb's database of one subset, or a split of it, and a clear line for everything that can be wrong with it."""
     for program in ("ffmpeg", "ffprobe"):
         if shutil.which(program) is None:
             raise UsageError(f"musdb needs {program} on the PATH: install ffmpeg (apt-get or conda)")
@@ -70,22 +70,26 @@ def _musdb(root, is_wav, split):
         if is_wav:
             raise UsageError("--is-wav needs --root: the excerpts that musdb downloads are stems")
         try:
-            return musdb.DB(subsets="train", split=split, download=True)
+            return musdb.DB(subsets=subset, split=split, download=True)
         except OSError as error:
             raise UsageError(f"musdb's 7 s excerpts cannot be downloaded ({error}): give --root") from None
 
-    train = Path(root).expanduser() / "train"
-    if not train.is_dir():
-        raise UsageError(f"{root} has no folder train/: --root names the folder of MUSDB18")
-    if is_wav and next(train.glob("*.stem.mp4"), None):
-        raise UsageError(f"{train} holds .stem.mp4 files, not WAV: leave out --is-wav")
-    if not is_wav and next(train.glob("*/*.wav"), None):
-        raise UsageError(f"{train} holds folders of WAV files, not stems: add --is-wav")
+    folder = Path(root).expanduser() / subset
+    if not folder.is_dir():
+        raise UsageError(f"{root} has no folder {subset}/: --root names the folder of MUSDB18")
+    if is_wav and next(folder.glob("*.stem.mp4"), None):
+        raise UsageError(f"{folder} holds .stem.mp4 files, not WAV: leave out --is-wav")
+    if not is_wav and next(folder.glob("*/*.wav"), None):
+        raise UsageError(f"{folder} holds folders of WAV files, not stems: add --is-wav")
     try:
-        return musdb.DB(root=root, subsets="train", split=split, is_wav=is_wav)
+        mus = musdb.DB(root=root, subsets=subset, split=split, is_wav=is_wav)
     except (ffmpeg.Error, KeyError) as error:  # KeyError: ffprobe reads the file, but finds no audio in it
         detail = error.stderr.decode().strip().splitlines()[-1] if isinstance(error, ffmpeg.Error) else "no audio"
-        raise UsageError(f"a track in {train} cannot be read: {detail}") from None
+        raise UsageError(f"a track in {folder} cannot be read: {detail}") from None
+    if not mus.tracks:
+        names = f"; validation songs are named like {mus.setup['validation_tracks'][0]!r}" if split == "valid" else ""
+        raise UsageError(f"no tracks of the {f'split {split!r}' if split else 'subset'} in {folder}{names}")
+    return mus
 
 
 def _decode_stems(track, sources, folder):
@@ -106,25 +110,33 @@ def _decode_stems(track, sources, folder):
 
 def _find_tracks(root, is_wav, split, quiet):
     """All tracks of a split ("train" or "valid"), and musdb's targets: name -> {source: gain}."""
-    mus = _musdb(root, is_wav, split)
-    sources = list(mus.setup["sources"])
-    if not mus.tracks:
-        names = f"; validation songs are named like {mus.setup['validation_tracks'][0]!r}" if split == "valid" else ""
-        raise UsageError(f"no tracks of the split {split!r} in {mus.root}/train{names}")
-    tracks = []
-    for track in tqdm(mus.tracks, f"Reading {split} tracks", leave=False, disable=quiet):
-        if is_wav:
-            files = {name: Path(mus.root, "train", track.name, mus.setup["sources"][name]) for name in sources}
-            mixture = Path(track.path)
-        else:
-            folder = _decode_stems(track, sources, Path(pooch.os_cache("open-unmix-nnabla")) / "stems")
-            files = {name: folder / f"{name}.wav" for name in sources}
-            mixture = folder / "mixture.wav"
-        tracks.append(_checked_track(track.name, mixture, files))
+    mus = database(root, is_wav, split=split)
+    tracks = [
+        open_track(track, mus.setup["sources"], is_wav)
+        for track in tqdm(mus.tracks, f"Reading {split} tracks", leave=False, disable=quiet)
+    ]
     formats = {(track.sample_rate, track.nb_channels) for track in tracks}
     if len(formats) > 1:
         raise UsageError(f"tracks of {mus.root} differ in (sample rate, channels): {sorted(formats)}; convert them")
     return tracks, mus.setup["targets"]
+
+
+def open_track(track, sources, is_wav):
+    """A `Track` from musdb's; stems in .mp4 are decoded on the way.
+
+    Args:
+        track: of `database`
+        sources: name -> file name, as in musdb's setup["sources"]
+    Raises:
+        UsageError: files that are missing, cannot be read, or differ in length, rate or channels.
+    """
+    if is_wav:
+        mixture = Path(track.path)
+        files = {name: mixture.with_name(file) for name, file in sources.items()}
+    else:
+        folder = _decode_stems(track, sources, Path(pooch.os_cache("open-unmix-nnabla")) / "stems")
+        mixture, files = folder / "mixture.wav", {name: folder / f"{name}.wav" for name in sources}
+    return _checked_track(track.name, mixture, files)
 
 
 def _checked_track(name, mixture, files):
