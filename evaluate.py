@@ -156,7 +156,9 @@ class Scorer:
 
         song = data.open_track(track, self.sources, self.is_wav)
         truth = {
-            stem: sum(soundfile.read(song.sources[source], always_2d=True)[0] for source in sorted(sources))
+            stem: sum(
+                soundfile.read(song.sources[source], song.frames, always_2d=True)[0] for source in sorted(sources)
+            )
             for stem, sources in self.stems.items()
         }
         silent = next((f"the source {name!r} is silent" for name, audio in truth.items() if is_silent(audio)), None)
@@ -191,7 +193,7 @@ class Scorer:
 
     def separate(self, song):
         """Stems (nb_timesteps, nb_channels) by name."""
-        stems = self.separator(data.read(song.mixture), song.sample_rate)
+        stems = self.separator(data.read(song.mixture, 0, song.frames), song.sample_rate)
         if self.aggregate:
             stems = {name: sum(stems[part] for part in parts) for name, parts in self.aggregate.items()}
         return {name: audio.T for name, audio in stems.items()}

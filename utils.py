@@ -6,13 +6,15 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 
-PACKAGES = ("nnabla", "nnabla-ext-cuda120", "numpy", "scipy", "numba", "soundfile", "musdb")
+PACKAGES = ("nnabla", "nnabla-ext-cuda120", "numpy", "scipy", "numba", "soundfile", "musdb", "museval")
 
 
 class UsageError(ValueError):
@@ -28,18 +30,43 @@ def command(main):
 
     @functools.wraps(main)
     def wrapper(argv=None):
+        interrupted = False
+
+        def interrupt(*_):
+            nonlocal interrupted
+            interrupted = True
+            raise KeyboardInterrupt
+
         try:
-            return main(argv)
+            with _on_interrupt(interrupt):
+                return main(argv)
         except UsageError as error:
             status, message = 2, str(error)
         except OSError as error:
             status, message = 1, str(error)
         except KeyboardInterrupt as error:
             status, message = 130, str(error) or "interrupted"
+        except Exception:
+            if not interrupted:
+                raise
+            # within a graph function of ours, NNabla makes another error of it
+            status, message = 130, "interrupted"
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         sys.exit(status)
 
     return wrapper
+
+
+@contextlib.contextmanager
+def _on_interrupt(handler):
+    if threading.current_thread() is not threading.main_thread():  # only there signals arrive
+        yield
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ---------------------------------------------------------------------------------------- files

@@ -1,4 +1,7 @@
 import json
+import os
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -28,6 +31,27 @@ def test_command_turns_errors_into_one_line_and_a_status(error, status, capsys):
         main([])
     assert stop.value.code == status
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_interruption_that_nnabla_disguises(capsys):
+    @utils.command
+    def main(argv=None):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise RuntimeError("error in a function") from None
+
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 130 and "interrupted" in capsys.readouterr().err
+
+    @utils.command
+    def broken(argv=None):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError):  # with its traceback: that is for us
+        broken([])
 
 
 def test_max_bin_of_the_published_models():
