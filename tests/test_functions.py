@@ -24,7 +24,7 @@ SIZES = st.fixed_dictionaries(
         "H": st.integers(1, 40), "seed": st.integers(0, 10**6), "test": st.booleans(), "threads": st.integers(1, 3),
     }
 )  # fmt: skip
-shapes = settings(max_examples=25, deadline=None, derandomize=False)
+shapes = settings(max_examples=25, deadline=None)
 
 
 def variables(**arrays):
