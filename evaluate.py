@@ -26,10 +26,9 @@ from tqdm import tqdm
 
 import data
 import kernels
-import separate
 import utils
 from args import evaluate_parser
-from separate import Separator
+from separate import Separator, checked_aggregate
 from utils import UsageError
 
 METRICS = ("SDR", "SIR", "ISR", "SAR")
@@ -449,9 +448,7 @@ def main(argv=None):
     kernels.set_threads(args.threads)
     utils.set_plain(args.plain)
     separator = Separator.load(**loading)
-    if args.softmask and len(separator.targets) == 1:
-        raise UsageError("--softmask shares the mixture out among targets: it needs two of them")
-    aggregate = separate._parse_aggregate(args.aggregate, separator.sources) if args.aggregate else None
+    aggregate = checked_aggregate(separator, args.aggregate)
     stems = references(separator, aggregate, mus.setup["targets"])
     labels = evaluations(stems)
     # What changes scores by more than rounding: neither --context nor --threads.

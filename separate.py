@@ -712,7 +712,18 @@ def _recordings(inputs):
     return list(zip(paths, names))
 
 
-def _parse_aggregate(text, sources):
+def checked_aggregate(separator, text):
+    """What --aggregate says, {name: stems to add up}, or None if it is not given.
+
+    Raises:
+        UsageError: it does not fit the separator; or, for both commands alike, a soft mask of a single target, which
+            would be all of the mixture (the class computes it, as the reference does).
+    """
+    if separator.softmask and len(separator.targets) == 1:
+        raise UsageError("--softmask shares the mixture out among targets: it needs two of them")
+    if not text:
+        return None
+    sources = separator.sources
     try:
         aggregate = json.loads(text)
         fits = all(names and set(names) <= set(sources) and _is_file_name(name) for name, names in aggregate.items())
@@ -746,9 +757,7 @@ def main(argv=None):
         device_id=args.device_id,
         segment=args.segment,
     )
-    if args.softmask and len(separator.targets) == 1:
-        raise UsageError("--softmask shares the mixture out among targets: it needs two of them")
-    aggregate = _parse_aggregate(args.aggregate, separator.sources) if args.aggregate else None
+    aggregate = checked_aggregate(separator, args.aggregate)
     failed = 0
     for path, name in recordings:
         outdir = Path(args.outdir, name) if args.outdir else Path(f"{name}_{Path(args.model).resolve().stem}")
