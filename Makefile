@@ -3,12 +3,13 @@ SHELL := /bin/bash
 PYTHON = .venv/bin/python
 REFERENCE = .venv-reference/bin/python
 
-.PHONY: help setup demo test lint reference bench clean
+.PHONY: help setup demo test lint reference compare bench clean
 
 help:
 	@echo "make demo       synthesize songs, train a bass model on them, separate: demo/index.html"
 	@echo "make test       all tests (make lint: style)"
-	@echo "make reference  the comparison with torch's openunmix, live (a second environment, 1 GB)"
+	@echo "make reference  tests against torch's openunmix, live (a second environment, 1 GB)"
+	@echo "make compare    train, separate and score with both, into docs/comparison.md (an hour)"
 	@echo "make bench      speed and memory against torch and native NNabla, into docs/performance.md (10 minutes)"
 	@echo "make setup      only the environment, in .venv"
 
@@ -63,6 +64,9 @@ reference: setup .venv-reference/installed
 	$(REFERENCE) tests/reference/make_cases.py build/reference/cases --root build/reference/songs
 	$(REFERENCE) tests/reference/make_stems.py build/reference/cases --live
 	OPENUNMIX_REFERENCE=build/reference/cases $(PYTHON) -m pytest -q -s tests/test_reference.py tests/test_separate.py
+
+compare: setup .venv-reference/installed
+	$(PYTHON) benchmarks/compare.py
 
 bench: setup .venv-reference/installed
 	$(PYTHON) benchmarks/bench.py

@@ -5,22 +5,13 @@ machine that changes its pace changes it for all. The report, docs/performance.m
 """
 
 import argparse
-import json
-import os
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from pathlib import Path
 
 import numpy as np
 import work
-
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+from report import ROOT, add_options, machine, origin, ratio_of, run, spread, table, versions_table, warn_if_busy
 
 REPORT = """\
 # Performance
@@ -79,21 +70,6 @@ second. With an empty cache, as after installation, our functions are compiled f
 # ---------------------------------------------------------------------------------------- processes
 
 
-def run(side, reference, environment=None, **options):
-    """One process of a side; returns what it reports."""
-    script, python, path = HERE / "nnabla_side.py", sys.executable, ROOT
-    if side == "torch":  # with our stand-in for torchaudio
-        script, python, path = HERE / "torch_side.py", reference, ROOT / "tests" / "reference"
-    elif side == "native":
-        options.update(plain=True, repeat=1)
-    environment = {**os.environ, **(environment or {}), "PYTHONPATH": str(path)}
-    command = [str(python), str(script), json.dumps(options)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if process.returncode:
-        sys.exit(f"{shlex.join(command)}\n{process.stderr}\nfailed with status {process.returncode}")
-    return json.loads(process.stdout.splitlines()[-1])
-
-
 def alternate(rounds, sides, reference, **options):
     """{side: its reports as one, with the times of all rounds}; every other round goes backwards."""
     reports = {side: [] for side in sides}
@@ -115,26 +91,13 @@ def alternate(rounds, sides, reference, **options):
 # ------------------------------------------------------------------------------------------ report
 
 
-def table(header, rows):
-    """A table in Markdown that is readable as it is."""
-    rows = [header, *rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    aligned = ([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))] for row in rows)
-    return "\n".join(f"| {' | '.join(row)} |" for row in aligned)
-
-
-def ratio_of(a, b):
-    return statistics.median(a) / statistics.median(b)
-
-
 def whole_table(other, work_name, cases):
     """Time and memory of `work_name` as a whole; `cases` maps the first cell to the reports of ours and the other."""
     rows = []
     for case, reports in cases.items():
         times, peaks = ([reports[side][key] for side in ("ours", other)] for key in ("times", "peak"))
         times = [some[work_name] for some in times]
-        rows.append([case, *(f"{statistics.median(t):.3f} s ({min(t):.3f}–{max(t):.3f})" for t in times)])
+        rows.append([case, *(f"{spread(t, '.3f')} s" for t in times)])
         rows[-1] += [f"{ratio_of(*times):.3f}", *(f"{peak / 2**20:.0f} MiB" for peak in peaks)]
         rows[-1].append(f"{peaks[0] / peaks[1]:.2f}")
     return table(["", "ours", other, "ratio", "memory: ours", other, "ratio"], rows)
@@ -152,23 +115,6 @@ def function_table(other, reports):
     return table(["", "forward: ours", other, "ratio", "backward: ours", other, "ratio"], rows)
 
 
-def machine():
-    """What the numbers depend on, as a list in Markdown."""
-    info = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
-    info = {key.strip(): value.strip() for key, value in info.items()}
-    extensions = [flag for flag in ("avx2", "avx512f", "amx_tile") if flag in info.get("flags", "").split()]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    settings = [f"{k}={v}" for k, v in os.environ.items() if k.startswith(("OMP_", "OPENBLAS_", "MKL_", "NUMBA_"))]
-    return "\n".join(
-        [
-            f"- {info.get('model name', platform.machine())} (model {info.get('model', '?')}), "
-            f"{len(os.sched_getaffinity(0))} cores, {', '.join(extensions)}",
-            f"- {memory:.0f} GiB memory, {platform.platform()}, load {os.getloadavg()[0]:.1f} before",
-            f"- environment: {' '.join(settings) or 'no settings of OpenMP, OpenBLAS, MKL or Numba'}",
-        ]
-    )
-
-
 # --------------------------------------------------------------------------------------------- main
 
 
@@ -176,8 +122,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side per measurement")
     parser.add_argument("--quick", action="store_true", help="a minute, to see that it runs; writes no report")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
-    parser.add_argument("--reference", default=ROOT / ".venv-reference" / "bin" / "python", help="torch's interpreter")
+    add_options(parser)
     args = parser.parse_args()
     rounds = 1 if args.quick else args.rounds
     repeats = {1: 2, 2: 1} if args.quick else {1: 20, 4: 8, 16: 4}  # training steps of a process, by batch
@@ -186,8 +131,7 @@ def main():
     def compare(*sides, **options):
         return alternate(rounds, sides, args.reference, threads=args.threads, **options)
 
-    if os.getloadavg()[0] > 0.5:  # OpenMP's threads spin while they wait for one that lost its core
-        print("The machine is busy: torch will look much slower than it is", file=sys.stderr)
+    warn_if_busy()
     computer = machine()  # before our own load
     sizes = {n: {"nb_samples": n, "seconds": 6, "warm_up": 2, "repeat": repeat} for n, repeat in repeats.items()}
     steps = {f"batch {n}": compare("ours", "torch", work="step", **size) for n, size in sizes.items()}
@@ -208,21 +152,14 @@ def main():
     difference = max(abs(ours - torch).max() / abs(torch).max() for ours, torch in stems)
     if difference > 1e-4:
         sys.exit(f"stems of ours and of torch differ by {difference:.1e}: they did not do the same work")
-    versions = [functions[side]["versions"] for side in ("ours", "torch")]
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
     firsts = {"training step": [cold["step"], steps["batch 1"]["ours"]["times"]["first"]]}
     firsts["separation"] = [cold["separate"], next(iter(songs.values()))["ours"]["times"]["first"]]
     report = REPORT.format(
-        command=shlex.join(["python", *sys.argv]),
-        date=time.strftime("%Y-%m-%d"),
-        commit=subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown",
+        **origin(),
         threads=args.threads,
         rounds=rounds,
         machine=computer,
-        versions=table(
-            ["", "ours, native", "torch"],
-            [[name, *(some.get(name, "") for some in versions)] for name in {**versions[0], **versions[1]}],
-        ),
+        versions=versions_table(*(functions[side]["versions"] for side in ("ours", "torch")), "ours, native"),
         steps=whole_table("torch", "step", steps),
         batch=batch,
         functions=function_table("torch", functions),

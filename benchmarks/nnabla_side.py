@@ -1,6 +1,7 @@
-"""Our side of the benchmark, and native NNabla's: the same code with `plain`."""
+"""Our side of the measurements, and native NNabla's: the same code with `plain`."""
 
 import time
+from pathlib import Path
 
 import nnabla as nn
 import work
@@ -8,10 +9,13 @@ import work
 import functions as graph_functions
 import kernels
 import utils
+import weights
+from data import statistics
+from evaluate import main as evaluate_main
 from model import OpenUnmix
 from separate import Separator
 from solvers import Adam
-from train import Graph, train_epoch
+from train import Graph, seed_epoch, train_epoch, validate, write_separator_config
 
 
 def label_functions():
@@ -36,11 +40,15 @@ def label_functions():
     return labels
 
 
+def make_net(**options):
+    return OpenUnmix(work.N_FFT, work.N_HOP, hidden_size=work.HIDDEN_SIZE, max_bin=work.MAX_BIN, **options)
+
+
 def make_training(nb_samples, seconds, threads, plain):
     utils.set_plain(plain)
     kernels.set_threads(threads)
     x, y = (work.audio(nb_samples, seconds, seed) for seed in (1, 2))
-    net = OpenUnmix(work.N_FFT, work.N_HOP, hidden_size=work.HIDDEN_SIZE, max_bin=work.MAX_BIN)
+    net = make_net()
     graph = Graph(net, x.shape, test=False)
     return x, y, graph, Adam(nn.get_parameters(), work.LR, work.WEIGHT_DECAY)
 
@@ -86,6 +94,34 @@ def functions(clock, nb_samples, seconds, warm_up, repeat, threads, plain=False)
         sums.clear()
 
 
+def train(clock, songs, output, target, initial, dropout, lr, epochs, threads, **recipe):
+    """A training as train.py does it, of which every step's loss is kept; `initial` is a file of weights or None."""
+    kernels.set_threads(threads)
+    excerpts = work.Excerpts(songs, target, **recipe)
+    seed_epoch(recipe["seed"], 0)
+    mean, std = (None, None) if initial else statistics(excerpts.train.tracks, work.N_FFT, work.N_HOP)
+    net = make_net(input_mean=mean, input_scale=std, dropout=dropout)
+    graph = Graph(net, excerpts.shape, test=False)
+    if initial:
+        weights.set_parameters(weights.load(initial))
+    solver = Adam(nn.get_parameters(), lr, work.WEIGHT_DECAY)
+
+    def step(x, y):
+        return train_epoch(lambda shape: graph, [(x, y)], solver)
+
+    result = work.train(clock, excerpts, epochs, step, lambda: validate(net, excerpts.valid))
+    output = utils.writable_folder(output)
+    weights.save(Path(output, f"{target}.h5"), weights.get_parameters())
+    write_separator_config(output / "separator.json", net, target)
+    return result
+
+
+def evaluate(clock, arguments):
+    """The command evaluate.py; returns seconds per minute of audio and process, by part."""
+    evaluate_main(arguments)
+    return utils.read_json(Path(arguments[arguments.index("--evaldir") + 1], "summary.json"))["seconds_per_minute"]
+
+
 def separate(clock, folder, seconds, threads):
     start = time.perf_counter()
     kernels.set_threads(threads)
@@ -98,5 +134,6 @@ def separate(clock, folder, seconds, threads):
 
 
 if __name__ == "__main__":
-    works = {"step": step, "functions": functions, "separate": separate}
+    works = {"step": step, "functions": functions, "separate": separate, "train": train}
+    works.update(evaluate=evaluate)
     work.main(works, ["nnabla", "numpy", "scipy", "numba"])

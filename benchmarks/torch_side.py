@@ -1,12 +1,18 @@
-"""torch's side of the benchmark: openunmix, in the environment of tests/reference."""
+"""torch's side of the measurements: openunmix, in the environment of tests/reference."""
 
 import functools
 import json
+import multiprocessing
+import runpy
+import sys
 import time
 from pathlib import Path
 
+import museval
+import openunmix.utils
 import torch
 import work
+from make_cases import statistics
 from openunmix.model import OpenUnmix
 from openunmix.transforms import ComplexNorm, make_filterbanks
 from openunmix.utils import load_separator
@@ -15,35 +21,40 @@ from torch.nn.functional import mse_loss
 NB_BINS = work.N_FFT // 2 + 1
 
 
-def make_net():
-    return OpenUnmix(nb_bins=NB_BINS, nb_channels=2, hidden_size=work.HIDDEN_SIZE, max_bin=work.MAX_BIN)
+def make_net(input_mean=None, input_scale=None):
+    sizes = {"nb_channels": 2, "hidden_size": work.HIDDEN_SIZE, "max_bin": work.MAX_BIN}
+    return OpenUnmix(nb_bins=NB_BINS, input_mean=input_mean, input_scale=input_scale, **sizes)
+
+
+def make_encoder():
+    stft, _ = make_filterbanks(work.N_FFT, work.N_HOP, sample_rate=work.RATE)
+    return torch.nn.Sequential(stft, ComplexNorm(mono=False))
 
 
 def make_training(nb_samples, seconds, threads):
     torch.set_num_threads(threads)
-    stft, _ = make_filterbanks(work.N_FFT, work.N_HOP, sample_rate=work.RATE)
-    encoder = torch.nn.Sequential(stft, ComplexNorm(mono=False))
+    encoder = make_encoder()
     x, y = (torch.from_numpy(work.audio(nb_samples, seconds, seed)) for seed in (1, 2))
     net = make_net()
     return net, torch.optim.Adam(net.parameters(), lr=work.LR, weight_decay=work.WEIGHT_DECAY), encoder, x, y
+
+
+def train_step(net, optimizer, encoder, x, y):
+    optimizer.zero_grad()
+    loss = mse_loss(net(encoder(x)), encoder(y))
+    loss.backward()
+    optimizer.step()
+    return loss.item()
 
 
 def step(clock, nb_samples, seconds, warm_up, repeat, threads):
     """Training steps as openunmix' scripts/train.py does them."""
     net, optimizer, encoder, x, y = make_training(nb_samples, seconds, threads)
 
-    def one():
-        optimizer.zero_grad()
-        Y_hat = net(encoder(x))
-        loss = mse_loss(Y_hat, encoder(y))
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
     for i in range(warm_up + repeat):
         if i == warm_up:
             clock.times.clear()
-        clock("step", one)
+        clock("step", train_step, net, optimizer, encoder, x, y)
 
 
 def functions(clock, nb_samples, seconds, warm_up, repeat, threads):
@@ -93,16 +104,86 @@ def functions(clock, nb_samples, seconds, warm_up, repeat, threads):
 def weights(clock, folder):
     """Models of all targets with random weights, as files that either side's separator loads."""
     torch.manual_seed(0)
-    folder, config = Path(folder), {"nfft": work.N_FFT, "nhop": work.N_HOP, "nb_channels": 2}
     for target in work.TARGETS:
         net = make_net()
         with torch.no_grad():
             for name, parameter in net.named_parameters():
                 if "bn" in name or "output" in name:
                     parameter.add_(0.3 * torch.randn_like(parameter))
-        torch.save(net.state_dict(), folder / f"{target}.pth")
-        (folder / f"{target}.json").write_text(json.dumps({"args": {**config, "hidden_size": work.HIDDEN_SIZE}}))
+        save(net, folder, target)
+
+
+def save(net, folder, target):
+    """The files of a model, as openunmix' load_separator and our Separator.load read them."""
+    folder, config = Path(folder), {"nfft": work.N_FFT, "nhop": work.N_HOP, "nb_channels": 2}
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(net.state_dict(), folder / f"{target}.pth")
+    (folder / f"{target}.json").write_text(json.dumps({"args": {**config, "hidden_size": work.HIDDEN_SIZE}}))
     (folder / "separator.json").write_text(json.dumps({**config, "sample_rate": work.RATE}))
+
+
+def train(clock, songs, output, target, initial, dropout, lr, epochs, threads, perturb=0, **recipe):
+    """A training as openunmix' scripts/train.py does it, but for where its excerpts come from.
+
+    Without `initial`, a file of weights, it starts untrained. `perturb` multiplies each weight by a random factor
+    of this distance from 1. Without epochs, the output is what it starts from.
+    """
+    torch.set_num_threads(threads)
+    torch.manual_seed(recipe["seed"])
+    excerpts, encoder = work.Excerpts(songs, target, **recipe), make_encoder()
+    if initial:
+        net = make_net()
+        net.load_state_dict(torch.load(initial))
+    else:
+        found = statistics(songs, work.N_FFT, work.N_HOP)
+        net = make_net(found["mean"], found["std"])
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter *= 1 + perturb * torch.randn_like(parameter)
+    net.lstm.dropout = dropout
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr, weight_decay=work.WEIGHT_DECAY)
+
+    def step(x, y):
+        return train_step(net, optimizer, encoder, torch.from_numpy(x), torch.from_numpy(y))
+
+    @torch.no_grad()
+    def validate():
+        net.eval()
+        pairs = [[torch.from_numpy(audio[None]) for audio in pair] for pair in excerpts.validation()]
+        losses = [mse_loss(net(encoder(x)), encoder(y)).item() for x, y in pairs]
+        net.train()
+        return sum(losses) / len(losses)
+
+    result = work.train(clock, excerpts, epochs, step, validate)
+    save(net, output, target)
+    return result
+
+
+def evaluate(clock, arguments):
+    """The command ``python -m openunmix.evaluate``; returns seconds per minute of audio and process, by part."""
+    spent = {part: multiprocessing.Value("d", 0) for part in ("audio", "separation", "museval")}  # of all processes
+    load_separator, score, started = openunmix.utils.load_separator, museval.eval_mus_track, []
+
+    def add(part, seconds):
+        with spent[part].get_lock():
+            spent[part].value += seconds
+
+    def timed_load(*arguments, **options):  # the first thing that is done for a track
+        started.append(time.perf_counter())
+        return load_separator(*arguments, **options)
+
+    def timed_score(track, *arguments, **options):
+        scoring = time.perf_counter()
+        scores = score(track, *arguments, **options)
+        add("audio", track.duration)
+        add("separation", scoring - started[-1])
+        add("museval", time.perf_counter() - scoring)
+        return scores
+
+    openunmix.utils.load_separator, museval.eval_mus_track = timed_load, timed_score
+    sys.argv[1:] = arguments
+    runpy.run_module("openunmix.evaluate", run_name="__main__", alter_sys=True)
+    return {part: 60 * spent[part].value / spent["audio"].value for part in ("separation", "museval")}
 
 
 @torch.no_grad()
@@ -119,4 +200,5 @@ def separate(clock, folder, seconds, threads):
 
 if __name__ == "__main__":
     works = {"step": step, "functions": functions, "weights": weights, "separate": separate}
+    works.update(train=train, evaluate=evaluate)
     work.main(works, ["openunmix", "torch", "numpy"])

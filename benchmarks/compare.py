@@ -1,0 +1,526 @@
+"""Are this port and torch's openunmix the same system? Both train, separate and are scored on the same synthetic songs.
+
+``make compare`` writes docs/comparison.md and its pictures. Trainings are processes of nnabla_side.py and
+torch_side.py, scores come from the commands that users call: evaluate.py and ``python -m openunmix.evaluate``.
+What was measured is kept in build/compare/results.json, from which --report writes the report again.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import work
+from matplotlib.figure import Figure
+from report import (
+    ROOT,
+    add_options,
+    execute,
+    machine,
+    origin,
+    ratio_of,
+    run,
+    spread,
+    table,
+    versions_table,
+    warn_if_busy,
+)
+
+METRICS = ("SDR", "SIR", "ISR", "SAR")
+SIDES = ("ours", "torch")
+SEEDED = "vocals"  # the target of the trainings with seeds, scored against the rest:
+PAIR = ("--targets", SEEDED, "--residual", "residual")
+PAIR += ("--aggregate", json.dumps({SEEDED: [SEEDED], "accompaniment": ["residual"]}))
+SLOW_LR = work.LR * 0.3**3  # the recipe's after three decays
+LOSS_LIMIT = 1e-3
+CORES = 2
+COLOURS = {"ours": "C3", "torch": "C0", "torch again": "C2"}
+PERTURBATION = 1e-7
+
+FULL = {
+    "songs": {"train": 8, "valid": 2, "test": 4, "duration": 40},
+    "recipe": {"seq_dur": 3.0, "batch_size": 8, "samples_per_track": 50},
+    "epochs": 6,
+    "seeds": 3,
+    "rounds": 3,
+}
+QUICK = {
+    "songs": {"train": 3, "valid": 1, "test": 2, "duration": 8},
+    "recipe": {"seq_dur": 1.0, "batch_size": 4, "samples_per_track": 8},
+    "epochs": 2,
+    "seeds": 2,
+    "rounds": 1,
+}
+
+REPORT = """\
+# Comparison with the PyTorch reference
+
+Written by `make compare` (`{command}`) on {date}, at commit {commit}. Do not edit.
+
+**ours** is this repository, **torch** the reference, openunmix 1.3.0. Both have the same machine, {threads} threads and
+the same synthetic songs: {train} to train with, {valid} for validation, {test} to separate, {duration} s each. The
+network is the published one: hidden size {hidden}, three bidirectional layers, STFTs of 4096 samples every 1024. Steps
+have {batch_size} excerpts of {seq_dur:g} s, Adam's weight decay is {weight_decay:g}. What the excerpts are was drawn by
+`data.py` in both interpreters; checksums say that they were the same.
+
+{verdicts}
+
+## The same weights, the same excerpts, no dropout
+
+Torch trained {nb_steps} steps from untrained weights. From there both train {nb_steps} steps more, at a learning rate
+of {slow:g}, the recipe's after three decays. In the lower row, the relative difference of the losses, and the limit of
+{loss_limit:g} for the first {first} steps.
+
+![Loss curves](comparison/loss.png)
+
+{losses}
+
+## From untrained weights
+
+At the recipe's learning rate of {lr:g}, the first steps change the weights by some percent each, and any two runs in
+single precision part: a unit of a ReLU that is within rounding of zero is on in one and off in the other, which changes
+all gradients by some 1e-4. No implementation can follow another one here, not even itself. The yardstick is torch
+again, from the same untrained weights ({target}), each times 1 + {perturbation:g} · N(0, 1).
+
+![Loss curves from untrained weights](comparison/untrained.png)
+
+{untrained}
+
+## With dropout
+
+The recipe as it is, with initial weights, excerpts and dropout of one's own: {seeds} trainings each from untrained
+weights, {nb_steps} steps at {lr:g}, of the target {target}. Two sets of {seeds} that are drawn from one distribution
+have ranges that overlap in {chance:.0%} of all cases.
+
+![Trainings with dropout](comparison/seeds.png)
+
+{dropout}
+
+The training loss is the mean of the last {last} steps; SDRs are medians over frames, then over songs.
+
+## Scores
+
+museval (BSSEval v4) over {test} songs of {duration} s, medians over frames, then over songs, in dB. Each side separates
+with the networks that it trained from the same weights (above), with one iteration of the Wiener filter over the whole
+song, by its own command:
+
+    python evaluate.py --root SONGS --is-wav --model OURS --cores {cores} --wiener-win-len 0
+    python -m openunmix.evaluate --root SONGS --is-wav --model TORCHS --cores {cores}
+
+{scores}
+
+![Scores of songs](comparison/scores.png)
+
+With the same weights, torch's, {nb_frames} scores of frames are finite, and those of the two commands differ by
+{frames_difference:.1e} dB at most.
+
+## Speed and memory
+
+Medians, in parentheses the smallest and the largest; ratios below 1: ours is the faster, or the smaller.
+
+{speed}
+
+Training steps are those of the first section. Evaluations are those of torch's weights by both commands, {rounds} times
+in turn, with {cores} processes of {each_threads} thread(s) each: for torch by OMP_NUM_THREADS, since its command would
+start as many threads as there are cores in each process. Separation and museval are the seconds that a process spends
+on a minute of audio; the whole command is time by the clock per minute of audio, with its start, reading and writing.
+Memory is that of the largest process. Other sizes, and each function: [performance.md](performance.md).
+
+## Machine
+
+{machine}
+
+{versions}
+"""
+
+
+# ------------------------------------------------------------------------------------------ measure
+
+
+class Runs:
+    """Trainings and evaluations of both sides, in a folder of their own.
+
+    Args:
+        folder: for songs, models and scores; sizes: FULL or QUICK; reference: torch's interpreter
+    """
+
+    def __init__(self, folder, sizes, threads, reference):
+        self.folder, self.songs, self.sizes = folder, folder / "songs", sizes
+        self.threads, self.reference = threads, reference
+        shutil.rmtree(folder, ignore_errors=True)
+        lengths = [word for name, value in sizes["songs"].items() for word in (f"--{name}", value)]
+        execute([sys.executable, ROOT / "synthesize.py", self.songs, *lengths, "--quiet"])
+
+    def say(self, *words):
+        print(*words, file=sys.stderr, flush=True)
+
+    def train(self, side, name, target, **options):
+        """One training, from untrained weights unless `initial` is given, without dropout unless it is given."""
+        self.say(f"train {name}: {side}, {target}")
+        recipe = {**self.sizes["recipe"], "epochs": self.sizes["epochs"], "lr": work.LR, "dropout": 0, "seed": 0}
+        report = run(
+            side,
+            self.reference,
+            work="train",
+            songs=str(self.songs),
+            output=str(self.folder / name / side),
+            target=target,
+            threads=self.threads,
+            **{"initial": None, **recipe, **options},
+        )
+        return {
+            **report["result"],
+            "steps": report["times"].get("step"),
+            **{k: report[k] for k in ("peak", "versions")},
+        }
+
+    def train_alike(self, name, target, turn=0, **options):
+        """A training of each side, the same but for the side: {side: report}."""
+        reports = {side: self.train(side, name, target, **options) for side in SIDES[:: -1 if turn % 2 else 1]}
+        if len({report["excerpts"] for report in reports.values()}) > 1:
+            sys.exit(f"{name}, {target}: the sides trained with different excerpts")
+        return reports
+
+    def evaluate(self, side, model, label, *options):
+        """A side's evaluation of the models in folder/`model`; the scores go to folder/scores/`label`."""
+        self.say(f"evaluate {model}: {side}")
+        evaldir = self.folder / "scores" / label
+        shutil.rmtree(evaldir, ignore_errors=True)
+        arguments = ["--root", self.songs, "--is-wav", "--cores", CORES, "--model", self.folder / model, *options]
+        environment = None
+        if side == "ours":  # openunmix' command has no window: it filters whole songs
+            arguments += ["--wiener-win-len", 0, "--threads", self.threads, "--context", "cpu", "--quiet"]
+        else:  # without, each of its processes would have as many threads as there are cores
+            environment = {"OMP_NUM_THREADS": str(max(1, self.threads // CORES))}
+        arguments = [str(word) for word in [*arguments, "--evaldir", evaldir]]
+        report = run(side, self.reference, environment, work="evaluate", arguments=arguments)
+        minutes = self.sizes["songs"]["test"] * self.sizes["songs"]["duration"] / 60
+        seconds = {part: report["result"][part] for part in ("separation", "museval")}
+        return {**seconds, "whole command": report["seconds"] / minutes, "peak": report["peak"]}
+
+
+def measure(runs):
+    """Everything that the report is made of."""
+    untrained = str(runs.folder / "untrained/torch" / f"{SEEDED}.pth")
+    runs.train("torch", "untrained", SEEDED, epochs=0)
+    scratch = runs.train_alike("scratch", SEEDED, initial=untrained)
+    scratch["torch again"] = runs.train("torch", "again", SEEDED, initial=untrained, perturb=PERTURBATION)
+    same, seeds = {}, {side: [] for side in SIDES}
+    for turn, target in enumerate(work.TARGETS):
+        if target != SEEDED:  # that was trained above
+            runs.train("torch", "scratch", target, initial=untrained)
+        trained = str(runs.folder / "scratch/torch" / f"{target}.pth")
+        same[target] = runs.train_alike("same", target, turn, initial=trained, lr=SLOW_LR)
+    for number in range(runs.sizes["seeds"]):
+        for side in SIDES[:: -1 if number % 2 else 1]:
+            name, seed = f"seeds/{number}", 1 + number + runs.sizes["seeds"] * SIDES.index(side)
+            report = runs.train(side, name, SEEDED, dropout=0.4, seed=seed)
+            runs.evaluate(side, f"{name}/{side}", f"{name}/{side}", *PAIR)
+            report["SDR"] = medians(read_scores(runs.folder / "scores" / name / side))[SEEDED]["SDR"]
+            seeds[side].append(report)
+    runs.evaluate("ours", "same/ours", "own")
+    speed = {side: [] for side in SIDES}
+    for number in range(runs.sizes["rounds"]):
+        for side in SIDES[:: -1 if number % 2 else 1]:
+            speed[side].append(runs.evaluate(side, "same/torch", side))
+    return {"scratch": scratch, "same": same, "seeds": seeds, "speed": speed}
+
+
+# ------------------------------------------------------------------------------------------- scores
+
+
+def read_scores(evaldir):
+    """museval's JSON files: {target: {song: {metric: its value in every frame}}}."""
+    scores = {}
+    for path in sorted(Path(evaldir, "test").glob("*.json")):
+        for target in json.loads(path.read_text())["targets"]:
+            frames = [frame["metrics"] for frame in target["frames"]]
+            song = {metric: np.array([frame[metric] for frame in frames], float) for metric in METRICS}
+            scores.setdefault(target["name"], {})[path.stem] = song
+    return scores
+
+
+def song_medians(scores):
+    """{target: {metric: medians over the frames of each song}}."""
+    return {
+        target: {metric: [float(np.nanmedian(song[metric])) for song in songs.values()] for metric in METRICS}
+        for target, songs in scores.items()
+    }
+
+
+def medians(scores):
+    """{target: {metric: median over frames, then over songs}}."""
+    return {
+        target: {metric: float(np.median(values)) for metric, values in metrics.items()}
+        for target, metrics in song_medians(scores).items()
+    }
+
+
+def frames_difference(one, other):
+    """How far the scores of single frames differ at most, where finite; and how many are."""
+    pairs = [
+        (one[target][song][metric], other[target][song][metric])
+        for target in one
+        for song in one[target]
+        for metric in METRICS
+    ]
+    a, b = (np.concatenate(values) for values in zip(*pairs))
+    if not (np.isfinite(a) == np.isfinite(b)).all():
+        return np.inf, 0
+    finite = np.isfinite(a)
+    return float(abs(a - b)[finite].max()), int(finite.sum())
+
+
+# ------------------------------------------------------------------------------------------ pictures
+
+
+def apart(reports, one="ours", other="torch"):
+    """The relative difference of two trainings' losses, in every step."""
+    return abs(np.array(reports[one]["losses"]) / np.array(reports[other]["losses"]) - 1)
+
+
+def draw_losses(axes, reports):
+    """Training losses as lines, validation losses as circles; torch's pale and wide, ours on top of it."""
+    for side, report in reversed(reports.items()):
+        look = {"lw": 0.8} if side == "ours" else {"lw": 2.5, "alpha": 0.4}
+        steps = np.arange(1, len(report["losses"]) + 1)
+        axes.plot(steps, report["losses"], color=COLOURS[side], label=side, **look)
+        ends = steps[-1] * np.arange(1, len(report["validation"]) + 1) / len(report["validation"])
+        size = 4 if side == "ours" else 8
+        axes.plot(ends, report["validation"], "o", mfc="none", color=COLOURS[side], ms=size)
+    axes.set(yscale="log", xlabel="step")
+
+
+def draw_apart(axes, differences, label, color):
+    axes.plot(np.arange(1, len(differences) + 1), np.maximum(differences, 1e-8), lw=0.8, label=label, color=color)
+    axes.set(yscale="log", xlabel="step", ylim=(1e-8, 1))
+    axes.grid(axis="y", lw=0.4)
+
+
+def plot_same(path, same, first):
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    for (above, below), (target, reports) in zip(figure.subplots(2, len(same), sharey="row").T, same.items()):
+        draw_losses(above, reports)
+        above.set_title(target)
+        draw_apart(below, apart(reports), "ours and torch", "0.3")
+        below.plot([1, first], [LOSS_LIMIT] * 2, ":", color="C1", label="limit")
+    for axes, label in zip(figure.axes[:: len(same)], ("loss (line), validation (circles)", "relative difference")):
+        axes.set_ylabel(label)
+        axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def plot_scratch(path, scratch):
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw_losses(left, scratch)
+    left.set_ylabel("loss (line), validation (circles)")
+    draw_apart(right, apart(scratch), "ours and torch", "C3")
+    draw_apart(right, apart(scratch, "torch again"), "torch and torch again", "C2")
+    right.set_ylabel("relative difference")
+    for axes in (left, right):
+        axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def plot_seeds(path, seeds, last):
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    curves, *strips = figure.subplots(1, 1 + len(SEED_QUANTITIES), width_ratios=[3] + [1] * len(SEED_QUANTITIES))
+    for side, reports in seeds.items():
+        for number, report in enumerate(reports):
+            smooth = np.convolve(report["losses"], np.ones(last) / last, "valid")
+            steps = np.arange(last, len(report["losses"]) + 1)
+            curves.plot(steps, smooth, lw=1, color=COLOURS[side], label=None if number else side)
+    curves.set(yscale="log", xlabel="step", ylabel=f"loss, mean of {last} steps")
+    curves.legend()
+    for axes, (name, quantity) in zip(strips, SEED_QUANTITIES.items()):
+        for x, (side, reports) in enumerate(seeds.items()):
+            axes.plot([x] * len(reports), [quantity(report, last) for report in reports], "o", color=COLOURS[side])
+        axes.set_xticks(range(len(seeds)), seeds)
+        axes.set(title=name, xlim=(-0.5, len(seeds) - 0.5))
+        axes.grid(axis="y", lw=0.4)
+    figure.savefig(path, dpi=110)
+
+
+def plot_scores(path, own, torch):
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    own, torch = song_medians(own), song_medians(torch)
+    for axes, metric in zip(figure.subplots(1, len(METRICS)), METRICS):
+        for target in work.TARGETS:
+            axes.plot(torch[target][metric], own[target][metric], "o", mfc="none", label=target)
+        axes.axline((0, 0), slope=1, color="gray", lw=0.6)
+        axes.set(title=f"{metric}, dB", xlabel="torch")
+        axes.set_aspect("equal", "datalim")
+    figure.axes[0].set_ylabel("ours")
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=110)
+
+
+# ------------------------------------------------------------------------------------------ report
+
+SEED_QUANTITIES = {
+    "training loss": lambda report, last: float(np.mean(report["losses"][-last:])),
+    "validation loss": lambda report, last: report["validation"][-1],
+    "SDR, dB": lambda report, last: report["SDR"],
+}
+
+
+def same_table(same, first):
+    header = ["", f"difference, {first} steps", "all steps", "validation: ours", "torch", "difference"]
+    rows = []
+    for target, reports in same.items():
+        ours, torch = (np.array(reports[side]["validation"]) for side in SIDES)
+        row = [target, f"{apart(reports)[:first].max():.1e}", f"{apart(reports).max():.1e}"]
+        rows.append([*row, f"{ours[-1]:.4f}", f"{torch[-1]:.4f}", f"{abs(ours / torch - 1).max():.1e}"])
+    return table(header, rows)
+
+
+def scratch_table(scratch):
+    nb_steps = len(scratch["ours"]["losses"])
+    ends = [end for end in (1, 3, 10, 30, 100, 300) if end <= nb_steps]
+    rows = [
+        [f"{one} and torch", *(f"{apart(scratch, one)[:end].max():.1e}" for end in ends)]
+        for one in ("ours", "torch again")
+    ]
+    return table(["largest difference until step", *map(str, ends)], rows)
+
+
+def overlap(a, b):
+    return max(min(a), min(b)) <= min(max(a), max(b))
+
+
+def seeds_of(seeds, last):
+    """{quantity: {side: its values}}."""
+    return {
+        name: {side: [quantity(report, last) for report in reports] for side, reports in seeds.items()}
+        for name, quantity in SEED_QUANTITIES.items()
+    }
+
+
+def scores_table(own, torch):
+    own, torch = medians(own), medians(torch)
+    header = [""] + [cell for metric in METRICS for cell in (f"{metric}: ours", "torch")]
+    rows = [
+        [target, *(f"{side[target][metric]:.2f}" for metric in METRICS for side in (own, torch))]
+        for target in work.TARGETS
+    ]
+    return table(header, rows)
+
+
+def speed_table(same, speed):
+    steps = [sum((reports[side]["steps"] for reports in same.values()), []) for side in SIDES]
+    peaks = [[reports[side]["peak"] / 2**20 for reports in same.values()] for side in SIDES]
+    rows = [
+        ["training step", *(f"{spread(values, '.3f')} s" for values in steps), f"{ratio_of(*steps):.2f}"],
+        ["memory of a training", *(f"{spread(values, '.0f')} MiB" for values in peaks), f"{ratio_of(*peaks):.2f}"],
+    ]
+    for part in ("separation", "museval", "whole command"):
+        values = [[report[part] for report in speed[side]] for side in SIDES]
+        rows.append([f"evaluation: {part}", *(f"{spread(some, '.1f')} s" for some in values)])
+        rows[-1].append(f"{ratio_of(*values):.2f}")
+    peaks = [[report["peak"] / 2**20 for report in speed[side]] for side in SIDES]
+    rows.append(["memory of an evaluation", *(f"{spread(values, '.0f')} MiB" for values in peaks)])
+    rows[-1].append(f"{ratio_of(*peaks):.2f}")
+    return table(["", "ours", "torch", "ratio"], rows)
+
+
+def write_report(results, scores, path):
+    """docs/comparison.md and its pictures; returns whether everything is as it should be.
+
+    Args:
+        results: of `measure`, and what `main` adds; scores: folder of the JSON files
+    """
+    sizes, scratch, same, seeds = (results[key] for key in ("sizes", "scratch", "same", "seeds"))
+    own, ours, torch = (read_scores(scores / label) for label in ("own", "ours", "torch"))
+    nb_steps = len(scratch["ours"]["losses"])
+    first, last = min(100, nb_steps), min(50, nb_steps // 2)
+    pictures = path.with_suffix("")
+    pictures.mkdir(parents=True, exist_ok=True)
+    plot_same(pictures / "loss.png", same, first)
+    plot_scratch(pictures / "untrained.png", scratch)
+    plot_seeds(pictures / "seeds.png", seeds, last)
+    plot_scores(pictures / "scores.png", own, torch)
+
+    difference, nb_frames = frames_difference(ours, torch)
+    loss = max(apart(reports)[:first].max() for reports in same.values())
+    sdr = max(abs(medians(own)[target]["SDR"] - medians(torch)[target]["SDR"]) for target in work.TARGETS)
+    time = ratio_of(*([report["whole command"] for report in results["speed"][side]] for side in SIDES))
+    quantities = seeds_of(seeds, last)
+    verdicts = [
+        [f"losses from the same weights, {first} steps, relative", loss, LOSS_LIMIT, ".1e"],
+        ["SDR after these trainings, dB", sdr, 0.1, ".3f"],
+        ["scores of single frames with the same weights, dB", difference, 0.01, ".1e"],
+        ["time of the whole evaluation, ratio", time, 0.8, ".2f"],
+    ]
+    fine = [measured <= limit for _, measured, limit, _ in verdicts]
+    rows = [[name, f"{measured:{form}}", f"{limit:g}"] for name, measured, limit, form in verdicts]
+    dropout = []
+    for name, values in quantities.items():
+        fine.append(overlap(*values.values()))
+        rows.append([f"ranges with dropout: {name}", "overlap" if fine[-1] else "are apart", "overlap"])
+        dropout.append([name, *(spread(some, ".2f") for some in values.values())])
+
+    draws = math.comb(2 * sizes["seeds"], sizes["seeds"])
+    report = REPORT.format(
+        **results["origin"],
+        **sizes["songs"],
+        **sizes["recipe"],
+        hidden=work.HIDDEN_SIZE,
+        weight_decay=work.WEIGHT_DECAY,
+        threads=results["threads"],
+        verdicts=table(["ours and torch", "measured", "limit"], rows),
+        nb_steps=nb_steps,
+        lr=work.LR,
+        slow=SLOW_LR,
+        loss_limit=LOSS_LIMIT,
+        first=first,
+        losses=same_table(same, first),
+        target=SEEDED,
+        perturbation=PERTURBATION,
+        untrained=scratch_table(scratch),
+        seeds=sizes["seeds"],
+        chance=1 - 2 / draws,
+        last=last,
+        dropout=table(["", *SIDES], dropout),
+        cores=CORES,
+        scores=scores_table(own, torch),
+        nb_frames=nb_frames,
+        frames_difference=difference,
+        speed=speed_table(same, results["speed"]),
+        rounds=sizes["rounds"],
+        each_threads=max(1, results["threads"] // CORES),
+        machine=results["machine"],
+        versions=versions_table(*(scratch[side]["versions"] for side in SIDES)),
+    )
+    path.write_text(report)
+    print(report)
+    return all(fine)
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="minutes, to see that it runs; into build/quick only")
+    parser.add_argument("--report", action="store_true", help="write the report of the last run again")
+    add_options(parser)
+    args = parser.parse_args()
+    folder = ROOT / "build" / ("quick" if args.quick else "compare")
+    path = (folder if args.quick else ROOT / "docs") / "comparison.md"
+    kept = folder / "results.json"
+    if not args.report:
+        warn_if_busy()
+        sizes = QUICK if args.quick else FULL
+        about = {"sizes": sizes, "threads": args.threads, "machine": machine(), "origin": origin()}
+        results = measure(Runs(folder, sizes, args.threads, args.reference))
+        kept.write_text(json.dumps({**about, **results}))
+    if not write_report(json.loads(kept.read_text()), folder / "scores", path):
+        sys.exit("ours and torch are further apart than they should be: see the first table")
+
+
+if __name__ == "__main__":
+    main()

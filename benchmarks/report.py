@@ -1,0 +1,103 @@
+"""What the reports are made of: processes of either side, tables, the machine."""
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+
+
+def add_options(parser):
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
+    parser.add_argument("--reference", default=ROOT / ".venv-reference" / "bin" / "python", help="torch's interpreter")
+
+
+# ---------------------------------------------------------------------------------------- processes
+
+
+def execute(command, environment=None):
+    """Run a command whose output only matters if it fails, and return its output."""
+    command = [str(word) for word in command]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if process.returncode:
+        sys.exit(f"{shlex.join(command)}\n{process.stderr}\nfailed with status {process.returncode}")
+    return process.stdout
+
+
+def run(side, reference, environment=None, **options):
+    """One process of a side; returns what it reports, and `seconds`, from its start to its end."""
+    script, python, path = HERE / "nnabla_side.py", sys.executable, [ROOT]
+    if side == "torch":  # with our stand-in for torchaudio
+        script, python, path = HERE / "torch_side.py", reference, [ROOT / "tests" / "reference", ROOT]
+    elif side == "native":
+        options.update(plain=True, repeat=1)
+    environment = {**os.environ, **(environment or {}), "PYTHONPATH": os.pathsep.join(map(str, path))}
+    start = time.perf_counter()
+    output = execute([python, script, json.dumps(options)], environment)
+    return {**json.loads(output.splitlines()[-1]), "seconds": time.perf_counter() - start}
+
+
+def warn_if_busy():
+    if os.getloadavg()[0] > 0.5:  # OpenMP's threads spin while they wait for one that lost its core
+        print("The machine is busy: torch will look much slower than it is", file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------------- text
+
+
+def table(header, rows):
+    """A table in Markdown that is readable as it is."""
+    rows = [header, *rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    aligned = ([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))] for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in aligned)
+
+
+def spread(values, form):
+    """The median, and in parentheses the smallest and the largest."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
+
+
+def ratio_of(a, b):
+    return statistics.median(a) / statistics.median(b)
+
+
+def machine():
+    """What the numbers depend on, as a list in Markdown."""
+    info = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+    info = {key.strip(): value.strip() for key, value in info.items()}
+    extensions = [flag for flag in ("avx2", "avx512f", "amx_tile") if flag in info.get("flags", "").split()]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    settings = [f"{k}={v}" for k, v in os.environ.items() if k.startswith(("OMP_", "OPENBLAS_", "MKL_", "NUMBA_"))]
+    return "\n".join(
+        [
+            f"- {info.get('model name', platform.machine())} (model {info.get('model', '?')}), "
+            f"{len(os.sched_getaffinity(0))} cores, {', '.join(extensions)}",
+            f"- {memory:.0f} GiB memory, {platform.platform()}, load {os.getloadavg()[0]:.1f} before",
+            f"- environment: {' '.join(settings) or 'no settings of OpenMP, OpenBLAS, MKL or Numba'}",
+        ]
+    )
+
+
+def versions_table(ours, torch, heading="ours"):
+    """Versions of packages, as reported by both sides."""
+    names = dict.fromkeys([*ours, *torch])
+    return table(["", heading, "torch"], [[name, ours.get(name, ""), torch.get(name, "")] for name in names])
+
+
+def origin():
+    """Command, date and commit, for the first line of a report."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown",
+    }
