@@ -34,7 +34,7 @@ SIDES = ("ours", "torch")
 SEEDED = "vocals"  # the target of the trainings with seeds, scored against the rest:
 PAIR = ("--targets", SEEDED, "--residual", "residual")
 PAIR += ("--aggregate", json.dumps({SEEDED: [SEEDED], "accompaniment": ["residual"]}))
-SLOW_LR = work.LR * 0.3**3  # the recipe's after three decays
+SLOW_LR = work.LR * 0.3**4  # the recipe's after four decays: slow enough that differences by rounding do not grow
 LOSS_LIMIT = 1e-3
 CORES = 2
 COLOURS = {"ours": "C3", "torch": "C0", "torch again": "C2"}
@@ -60,19 +60,20 @@ REPORT = """\
 
 Written by `make compare` (`{command}`) on {date}, at commit {commit}. Do not edit.
 
-**ours** is this repository, **torch** the reference, openunmix 1.3.0. Both have the same machine, {threads} threads and
-the same synthetic songs: {train} to train with, {valid} for validation, {test} to separate, {duration} s each. The
-network is the published one: hidden size {hidden}, three bidirectional layers, STFTs of 4096 samples every 1024. Steps
-have {batch_size} excerpts of {seq_dur:g} s, Adam's weight decay is {weight_decay:g}. What the excerpts are was drawn by
-`data.py` in both interpreters; checksums say that they were the same.
+**ours** is this repository, **torch** the reference, openunmix 1.3.0, on the same machine with {threads} threads. Both
+have the same synthetic songs of {duration} s: {train} to train with, {valid} for validation, {test} to separate. The
+network is the published one: hidden size {hidden}, three bidirectional layers, STFTs of 4096 samples every 1024. A step
+takes {batch_size} excerpts of {seq_dur:g} s; both optimizers are Adam with a weight decay of {weight_decay:g}. The
+excerpts are drawn by `data.py` in both interpreters; where they should be the same, their checksums are.
 
 {verdicts}
 
 ## The same weights, the same excerpts, no dropout
 
 Torch trained {nb_steps} steps from untrained weights. From there both train {nb_steps} steps more, at a learning rate
-of {slow:g}, the recipe's after three decays. In the lower row, the relative difference of the losses, and the limit of
-{loss_limit:g} for the first {first} steps.
+of {slow:g}: the recipe's after four decays, small enough that differences by rounding do not grow (see the next
+section). In the lower row, the relative difference of the losses, and the limit of {loss_limit:g} for the first {first}
+steps.
 
 ![Loss curves](comparison/loss.png)
 
@@ -80,10 +81,10 @@ of {slow:g}, the recipe's after three decays. In the lower row, the relative dif
 
 ## From untrained weights
 
-At the recipe's learning rate of {lr:g}, the first steps change the weights by some percent each, and any two runs in
+At the recipe's learning rate of {lr:g}, Adam's first steps change weights by some percent each, and any two runs in
 single precision part: a unit of a ReLU that is within rounding of zero is on in one and off in the other, which changes
-all gradients by some 1e-4. No implementation can follow another one here, not even itself. The yardstick is torch
-again, from the same untrained weights ({target}), each times 1 + {perturbation:g} · N(0, 1).
+all gradients by some 1e-4, and grows. No implementation can follow another one here, not even itself. So the yardstick
+is torch again, from the same untrained weights ({target}), each times 1 + {perturbation:g} · N(0, 1).
 
 ![Loss curves from untrained weights](comparison/untrained.png)
 
@@ -91,8 +92,8 @@ again, from the same untrained weights ({target}), each times 1 + {perturbation:
 
 ## With dropout
 
-The recipe as it is, with initial weights, excerpts and dropout of one's own: {seeds} trainings each from untrained
-weights, {nb_steps} steps at {lr:g}, of the target {target}. Two sets of {seeds} that are drawn from one distribution
+The recipe as it is: {seeds} trainings each of the target {target}, {nb_steps} steps at {lr:g} from untrained weights.
+Every training has initial weights, excerpts and dropout of its own. Two sets of {seeds} values from one distribution
 have ranges that overlap in {chance:.0%} of all cases.
 
 ![Trainings with dropout](comparison/seeds.png)
@@ -518,7 +519,8 @@ def main():
         about = {"sizes": sizes, "threads": args.threads, "machine": machine(), "origin": origin()}
         results = measure(Runs(folder, sizes, args.threads, args.reference))
         kept.write_text(json.dumps({**about, **results}))
-    if not write_report(json.loads(kept.read_text()), folder / "scores", path):
+    fine = write_report(json.loads(kept.read_text()), folder / "scores", path)
+    if not (fine or args.quick):  # which is too short for speed and spread
         sys.exit("ours and torch are further apart than they should be: see the first table")
 
 
