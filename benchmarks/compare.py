@@ -34,7 +34,7 @@ SIDES = ("ours", "torch")
 SEEDED = "vocals"  # the target of the trainings with seeds, scored against the rest:
 PAIR = ("--targets", SEEDED, "--residual", "residual")
 PAIR += ("--aggregate", json.dumps({SEEDED: [SEEDED], "accompaniment": ["residual"]}))
-SLOW_LR = work.LR * 0.3**4  # the recipe's after four decays: slow enough that differences by rounding do not grow
+SLOW_LR = work.LR * 0.3**4  # the recipe's after four decays: differences by rounding grow slowly
 LOSS_LIMIT = 1e-3
 CORES = 2
 COLOURS = {"ours": "C3", "torch": "C0", "torch again": "C2"}
@@ -71,9 +71,8 @@ excerpts are drawn by `data.py` in both interpreters; where they should be the s
 ## The same weights, the same excerpts, no dropout
 
 Torch trained {nb_steps} steps from untrained weights. From there both train {nb_steps} steps more, at a learning rate
-of {slow:g}: the recipe's after four decays, small enough that differences by rounding do not grow (see the next
-section). In the lower row, the relative difference of the losses, and the limit of {loss_limit:g} for the first {first}
-steps.
+of {slow:g}: the recipe's after four decays, at which differences by rounding grow slowly (see the next section). In the
+lower row, the relative difference of the losses, and the limit of {loss_limit:g} for the first {first} steps.
 
 ![Loss curves](comparison/loss.png)
 
@@ -285,14 +284,22 @@ def apart(reports, one="ours", other="torch"):
 
 def draw_losses(axes, reports):
     """Training losses as lines, validation losses as circles; torch's pale and wide, ours on top of it."""
-    for side, report in reversed(reports.items()):
+    for side in sorted(reports, key="ours".__eq__):  # ours last
+        report = reports[side]
         look = {"lw": 0.8} if side == "ours" else {"lw": 2.5, "alpha": 0.4}
         steps = np.arange(1, len(report["losses"]) + 1)
         axes.plot(steps, report["losses"], color=COLOURS[side], label=side, **look)
         ends = steps[-1] * np.arange(1, len(report["validation"]) + 1) / len(report["validation"])
         size = 4 if side == "ours" else 8
         axes.plot(ends, report["validation"], "o", mfc="none", color=COLOURS[side], ms=size)
+    log_scale(axes)
+
+
+def log_scale(axes):
     axes.set(yscale="log", xlabel="step")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="y", which="minor", labelsize="small")
 
 
 def draw_apart(axes, differences, label, color):
@@ -335,7 +342,8 @@ def plot_seeds(path, seeds, last):
             smooth = np.convolve(report["losses"], np.ones(last) / last, "valid")
             steps = np.arange(last, len(report["losses"]) + 1)
             curves.plot(steps, smooth, lw=1, color=COLOURS[side], label=None if number else side)
-    curves.set(yscale="log", xlabel="step", ylabel=f"loss, mean of {last} steps")
+    log_scale(curves)
+    curves.set_ylabel(f"loss, mean of {last} steps")
     curves.legend()
     for axes, (name, quantity) in zip(strips, SEED_QUANTITIES.items()):
         for x, (side, reports) in enumerate(seeds.items()):

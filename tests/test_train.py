@@ -1,6 +1,7 @@
 """The training script, run as a user runs it, on small songs and a tiny network."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import args
 import data
 import kernels
 import pretrained
+import separate
 import train
 import weights
 
@@ -229,6 +231,23 @@ def test_fine_tuning_of_a_published_model(songs, tmp_path, base, monkeypatch):
     train.main(options)
     before, after = weights.load(base[0] / "bass.h5"), weights.load(tmp_path / "bass.h5")
     np.testing.assert_allclose(after["fc1/affine/W"], before["fc1/affine/W"], atol=1e-6)
+
+
+def test_the_best_of_several_seeds_are_a_model(songs, tmp_path, monkeypatch):
+    """The lines of docs/training.md that choose it, where a user would run them."""
+    monkeypatch.chdir(tmp_path)
+    losses = {
+        (target, seed): run(songs, Path("runs", seed), "--target", target, "--seed", seed)["best_loss"]
+        for target in args.TARGETS
+        for seed in "12"
+    }
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    exec(re.search("```python\n(.*?)```", text, re.DOTALL)[1], {})
+    for target in args.TARGETS:
+        best = "1" if losses[target, "1"] < losses[target, "2"] else "2"
+        assert Path(f"best/{target}.h5").read_bytes() == Path(f"runs/{best}/{target}.h5").read_bytes()
+    models, _ = separate.load_models("best")
+    assert [model.targets for model in models] == [[target] for target in args.TARGETS]
 
 
 def test_workers_prepare_batches(songs, tmp_path, base, monkeypatch):
