@@ -9,7 +9,7 @@ help:
 	@echo "make demo       synthesize songs, train a bass model on them, separate: demo/index.html"
 	@echo "make test       all tests (make lint: style)"
 	@echo "make reference  tests against torch's openunmix, live (a second environment, 1 GB)"
-	@echo "make compare    train, separate and score with both, into docs/comparison.md (an hour)"
+	@echo "make compare    train, separate and score with both, into docs/comparison.md (50 minutes)"
 	@echo "make bench      speed and memory against torch and native NNabla, into docs/performance.md (10 minutes)"
 	@echo "make setup      only the environment, in .venv"
 
