@@ -8,11 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-import museval
 import openunmix.utils
 import torch
 import work
-from make_cases import statistics
 from openunmix.model import OpenUnmix
 from openunmix.transforms import ComplexNorm, make_filterbanks
 from openunmix.utils import load_separator
@@ -135,6 +133,8 @@ def train(clock, songs, output, target, initial, dropout, lr, epochs, threads, p
         net = make_net()
         net.load_state_dict(torch.load(initial))
     else:
+        from make_cases import statistics  # not above: scikit-learn would count in the memory of other works
+
         found = statistics(songs, work.N_FFT, work.N_HOP)
         net = make_net(found["mean"], found["std"])
     with torch.no_grad():
@@ -161,6 +161,8 @@ def train(clock, songs, output, target, initial, dropout, lr, epochs, threads, p
 
 def evaluate(clock, arguments):
     """The command ``python -m openunmix.evaluate``; returns seconds per minute of audio and process, by part."""
+    import museval  # not above, see train
+
     spent = {part: multiprocessing.Value("d", 0) for part in ("audio", "separation", "museval")}  # of all processes
     load_separator, score, started = openunmix.utils.load_separator, museval.eval_mus_track, []
 
