@@ -29,7 +29,9 @@ from report import (
     warn_if_busy,
 )
 
-METRICS = ("SDR", "SIR", "ISR", "SAR")
+sys.path.append(str(ROOT))  # evaluate.py, which reads museval's files
+from evaluate import METRICS, medians, read_scores
+
 SIDES = ("ours", "torch")
 SEEDED = "vocals"  # the target of the trainings with seeds, scored against the rest:
 PAIR = ("--targets", SEEDED, "--residual", "residual")
@@ -154,12 +156,9 @@ class Runs:
         lengths = [word for name, value in sizes["songs"].items() for word in (f"--{name}", value)]
         execute([sys.executable, ROOT / "synthesize.py", self.songs, *lengths, "--quiet"])
 
-    def say(self, *words):
-        print(*words, file=sys.stderr, flush=True)
-
     def train(self, side, name, target, **options):
         """One training, from untrained weights unless `initial` is given, without dropout unless it is given."""
-        self.say(f"train {name}: {side}, {target}")
+        print(f"train {name}: {side}, {target}", file=sys.stderr, flush=True)
         recipe = {**self.sizes["recipe"], "epochs": self.sizes["epochs"], "lr": work.LR, "dropout": 0, "seed": 0}
         report = run(
             side,
@@ -171,11 +170,8 @@ class Runs:
             threads=self.threads,
             **{"initial": None, **recipe, **options},
         )
-        return {
-            **report["result"],
-            "steps": report["times"].get("step"),
-            **{k: report[k] for k in ("peak", "versions")},
-        }
+        kept = {key: report[key] for key in ("peak", "versions")}
+        return {**report["result"], **kept, "steps": report["times"].get("step")}
 
     def train_alike(self, name, target, turn=0, **options):
         """A training of each side, the same but for the side: {side: report}."""
@@ -186,7 +182,7 @@ class Runs:
 
     def evaluate(self, side, model, label, *options):
         """A side's evaluation of the models in folder/`model`; the scores go to folder/scores/`label`."""
-        self.say(f"evaluate {model}: {side}")
+        print(f"evaluate {model}: {side}", file=sys.stderr, flush=True)
         evaldir = self.folder / "scores" / label
         shutil.rmtree(evaldir, ignore_errors=True)
         arguments = ["--root", self.songs, "--is-wav", "--cores", CORES, "--model", self.folder / model, *options]
@@ -198,8 +194,7 @@ class Runs:
         arguments = [str(word) for word in [*arguments, "--evaldir", evaldir]]
         report = run(side, self.reference, environment, work="evaluate", arguments=arguments)
         minutes = self.sizes["songs"]["test"] * self.sizes["songs"]["duration"] / 60
-        seconds = {part: report["result"][part] for part in ("separation", "museval")}
-        return {**seconds, "whole command": report["seconds"] / minutes, "peak": report["peak"]}
+        return {**report["result"], "whole command": report["seconds"] / minutes, "peak": report["peak"]}
 
 
 def measure(runs):
@@ -219,7 +214,7 @@ def measure(runs):
             name, seed = f"seeds/{number}", 1 + number + runs.sizes["seeds"] * SIDES.index(side)
             report = runs.train(side, name, SEEDED, dropout=0.4, seed=seed)
             runs.evaluate(side, f"{name}/{side}", f"{name}/{side}", *PAIR)
-            report["SDR"] = medians(read_scores(runs.folder / "scores" / name / side))[SEEDED]["SDR"]
+            report["SDR"] = medians(scores_of(runs.folder / "scores" / name / side))[SEEDED]["SDR"]
             seeds[side].append(report)
     runs.evaluate("ours", "same/ours", "own")
     speed = {side: [] for side in SIDES}
@@ -232,43 +227,16 @@ def measure(runs):
 # ------------------------------------------------------------------------------------------- scores
 
 
-def read_scores(evaldir):
-    """museval's JSON files: {target: {song: {metric: its value in every frame}}}."""
-    scores = {}
-    for path in sorted(Path(evaldir, "test").glob("*.json")):
-        for target in json.loads(path.read_text())["targets"]:
-            frames = [frame["metrics"] for frame in target["frames"]]
-            song = {metric: np.array([frame[metric] for frame in frames], float) for metric in METRICS}
-            scores.setdefault(target["name"], {})[path.stem] = song
-    return scores
-
-
-def song_medians(scores):
-    """{target: {metric: medians over the frames of each song}}."""
-    return {
-        target: {metric: [float(np.nanmedian(song[metric])) for song in songs.values()] for metric in METRICS}
-        for target, songs in scores.items()
-    }
-
-
-def medians(scores):
-    """{target: {metric: median over frames, then over songs}}."""
-    return {
-        target: {metric: float(np.median(values)) for metric, values in metrics.items()}
-        for target, metrics in song_medians(scores).items()
-    }
+def scores_of(evaldir):
+    """museval's store of its JSON files."""
+    return read_scores(sorted(Path(evaldir, "test").glob("*.json")))
 
 
 def frames_difference(one, other):
     """How far the scores of single frames differ at most, where finite; and how many are."""
-    pairs = [
-        (one[target][song][metric], other[target][song][metric])
-        for target in one
-        for song in one[target]
-        for metric in METRICS
-    ]
-    a, b = (np.concatenate(values) for values in zip(*pairs))
-    if not (np.isfinite(a) == np.isfinite(b)).all():
+    keys = ["track", "target", "metric", "time"]
+    a, b = (store.df.set_index(keys).score.astype(float).sort_index() for store in (one, other))
+    if not (a.index.equals(b.index) and np.isfinite(a).equals(np.isfinite(b))):
         return np.inf, 0
     finite = np.isfinite(a)
     return float(abs(a - b)[finite].max()), int(finite.sum())
@@ -356,10 +324,11 @@ def plot_seeds(path, seeds, last):
 
 def plot_scores(path, own, torch):
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    own, torch = song_medians(own), song_medians(torch)
+    own, torch = (store.agg_frames_scores() for store in (own, torch))  # a median per song, target and metric
     for axes, metric in zip(figure.subplots(1, len(METRICS)), METRICS):
         for target in work.TARGETS:
-            axes.plot(torch[target][metric], own[target][metric], "o", mfc="none", label=target)
+            values = [scores[:, target, metric].sort_index() for scores in (torch, own)]
+            axes.plot(*values, "o", mfc="none", label=target)
         axes.axline((0, 0), slope=1, color="gray", lw=0.6)
         axes.set(title=f"{metric}, dB", xlabel="torch")
         axes.set_aspect("equal", "datalim")
@@ -443,7 +412,7 @@ def write_report(results, scores, path):
         results: of `measure`, and what `main` adds; scores: folder of the JSON files
     """
     sizes, scratch, same, seeds = (results[key] for key in ("sizes", "scratch", "same", "seeds"))
-    own, ours, torch = (read_scores(scores / label) for label in ("own", "ours", "torch"))
+    own, ours, torch = (scores_of(scores / label) for label in ("own", "ours", "torch"))
     nb_steps = len(scratch["ours"]["losses"])
     first, last = min(100, nb_steps), min(50, nb_steps // 2)
     pictures = path.with_suffix("")
