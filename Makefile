@@ -3,12 +3,13 @@ SHELL := /bin/bash
 PYTHON = .venv/bin/python
 REFERENCE = .venv-reference/bin/python
 
-.PHONY: help setup demo test lint reference compare bench clean
+.PHONY: help setup demo test lint reference mutants mutants-quick compare bench clean
 
 help:
 	@echo "make demo       synthesize songs, train a bass model on them, separate: demo/index.html"
 	@echo "make test       all tests (make lint: style)"
 	@echo "make reference  tests against torch's openunmix, live (a second environment, 1 GB)"
+	@echo "make mutants    put faults into copies of the project: do the tests notice them? (16 minutes; mutants-quick: 3)"
 	@echo "make compare    train, separate and score with both, into docs/comparison.md (50 minutes)"
 	@echo "make bench      speed and memory against torch and native NNabla, into docs/performance.md (10 minutes)"
 	@echo "make setup      only the environment, in .venv"
@@ -63,7 +64,15 @@ reference: setup .venv-reference/installed
 	$(PYTHON) synthesize.py build/reference/songs --train 3 --valid 1 --test 0 --duration 8 --quiet
 	$(REFERENCE) tests/reference/make_cases.py build/reference/cases --root build/reference/songs
 	$(REFERENCE) tests/reference/make_stems.py build/reference/cases --live
-	OPENUNMIX_REFERENCE=build/reference/cases $(PYTHON) -m pytest -q -s tests/test_reference.py tests/test_separate.py
+	$(REFERENCE) tests/reference/make_recipe.py build/reference/cases --live
+	OPENUNMIX_REFERENCE=build/reference/cases OPENUNMIX_PYTHON=$(REFERENCE) $(PYTHON) -m pytest -q -s \
+	  tests/test_reference.py tests/test_separate.py tests/test_recipe.py
+
+mutants: setup
+	$(PYTHON) tests/mutants.py
+
+mutants-quick: setup
+	$(PYTHON) tests/mutants.py --quick
 
 compare: setup .venv-reference/installed
 	$(PYTHON) benchmarks/compare.py

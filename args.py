@@ -1,21 +1,46 @@
 """Every command line: one parser per script, grouped, one line of help per option."""
 
+from __future__ import annotations  # unions, on Python 3.9
+
 import argparse
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 TARGETS = ("vocals", "drums", "bass", "other")  # the one place that orders the targets
+CONTEXTS = ("cpu", "cudnn")
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the defaults that say something, unless the help names the default already."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False or "default:" in action.help:
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, and which takes options only by their full names."""
 
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, formatter_class=_Formatter, **kwargs)
 
-    def error(self, message):
+    def parse(self, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
+        """The options, and the names of those that the command line gives: an option may equal its default."""
+        absent = object()
+        options = argparse.Namespace(**{action.dest: absent for action in self._actions if action.dest != "help"})
+        self.parse_args(argv, options)
+        given = {name for name, value in vars(options).items() if value is not absent}
+        for name in vars(options).keys() - given:
+            setattr(options, name, self.get_default(name))
+        return options, given
+
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def number(kind, lower, open_interval=False):
+def number(kind: type, lower: float, open_interval: bool = False) -> Callable[[str], float]:
     """An argparse type: a number of `kind` that is at least (or more than) `lower`."""
 
     def parse(text):
@@ -32,26 +57,29 @@ POSITIVE = number(int, 1)
 COUNT = number(int, 0)
 
 
-def add_context_options(parser):
+def add_context_options(parser: Parser) -> None:
     group = parser.add_argument_group("device")
-    group.add_argument("--context", choices=("cpu", "cudnn"), help="default: cudnn where it works, else cpu")
+    group.add_argument("--context", choices=CONTEXTS, help="default: cudnn where it works, else cpu")
     group.add_argument("--device-id", default="0", help="number of the GPU")
     group.add_argument("--threads", type=POSITIVE, help="of the CPU; default: all cores")
     group.add_argument("--plain", action="store_true", help="NNabla's native functions on the CPU too (slow)")
 
 
-def add_musdb_options(parser):
+def add_musdb_options(parser: Parser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("MUSDB18")
     group.add_argument("--root", help="folder with train/ and test/; default: musdb's 7 s excerpts, downloaded")
     group.add_argument("--is-wav", action="store_true", help="tracks are folders of WAV files, not .stem.mp4")
     return group
 
 
-def train_parser():
+def train_parser(augmentations: Iterable[str] = ()) -> Parser:
+    """Options of train.py; --help names the `augmentations` there are, data.py checks those that are asked for."""
     parser = Parser(prog="train.py", description="Train Open-Unmix for one target.")
-    parser.add_argument("--target", default="vocals", help="source to learn, or accompaniment, linear_mixture")
+    targets = parser.add_mutually_exclusive_group()
+    targets.add_argument("--target", default="vocals", help="source to learn, or accompaniment, linear_mixture")
+    targets.add_argument("--targets", nargs="+", help="several at once, of a network that is made for it")
     parser.add_argument("--output", default="open-unmix", help="folder for the model, its log and checkpoint")
-    parser.add_argument("--model", help="trained model to fine-tune: a folder, or umx, umxhq, umxl, umxse")
+    parser.add_argument("--model", help="trained model to fine-tune: a folder, a file, or umx, umxhq, umxl, umxse")
     parser.add_argument("--checkpoint", help="folder (or file) of a checkpoint to resume; --epochs is the total")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_context_options(parser)
@@ -63,8 +91,8 @@ def train_parser():
         "--source-augmentations",
         nargs="*",
         default=["gain", "channelswap"],
-        choices=("gain", "channelswap"),
-        help="applied to each source of a training mixture; none if empty",
+        metavar="NAME",
+        help=f"{' or '.join(augmentations)}: applied to each source of a training mixture; none if empty",
     )
     data.add_argument("--nb-workers", type=COUNT, default=0, help="threads that prepare batches ahead")
 
@@ -79,6 +107,7 @@ def train_parser():
     recipe.add_argument("--seed", type=COUNT, default=42, help="of the initial weights, the data and the dropout")
 
     model = parser.add_argument_group("model")
+    add_network_options(model)
     model.add_argument("--nfft", type=POSITIVE, default=4096, help="STFT window in samples")
     model.add_argument("--nhop", type=POSITIVE, default=1024, help="STFT hop in samples")
     model.add_argument("--hidden-size", type=POSITIVE, default=512, help="width of the bottleneck")
@@ -88,7 +117,7 @@ def train_parser():
     return parser
 
 
-def data_parser():
+def data_parser() -> Parser:
     parser = Parser(prog="data.py", description="Check that a dataset is complete and readable.")
     parser.add_argument("--target", default="vocals", help="source, or accompaniment, linear_mixture")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -97,7 +126,7 @@ def data_parser():
     return parser
 
 
-def synthesize_parser():
+def synthesize_parser() -> Parser:
     parser = Parser(prog="synthesize.py", description="Write synthetic songs in the MUSDB18-HQ layout.")
     parser.add_argument("output", help="folder to make")
     parser.add_argument("--train", type=COUNT, default=8, help="songs to train on")
@@ -109,7 +138,23 @@ def synthesize_parser():
     return parser
 
 
-def add_separation_options(parser):
+def json_object(text: str) -> dict:
+    """An argparse type: a JSON object."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text} is not a JSON object, as {{"size": 64}}')
+    return value
+
+
+def add_network_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--network", metavar="FILE.py:CLASS", help="a network of one's own; default: ours")
+    group.add_argument("--network-options", type=json_object, metavar="JSON", help="arguments of its class")
+
+
+def add_separation_options(parser: Parser) -> None:
     """What separate.py and evaluate.py share: the model and the filter."""
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -117,6 +162,7 @@ def add_separation_options(parser):
     )
     model.add_argument("--model-dir", help="folder of the files of a named model, for machines without network")
     model.add_argument("--targets", nargs="+", help="default: all that the model has")
+    add_network_options(model)
     group = parser.add_argument_group("separation")
     group.add_argument("--niter", type=COUNT, default=1, help="iterations of the Wiener filter's EM")
     group.add_argument("--softmask", action="store_true", help="start it from a soft mask, not the mixture's phase")
@@ -127,7 +173,7 @@ def add_separation_options(parser):
     group.add_argument("--segment", type=number(float, 30), default=480.0, help="longer recordings are cut, in seconds")
 
 
-def separate_parser():
+def separate_parser() -> Parser:
     parser = Parser(prog="separate.py", description="Separate recordings into stems.")
     parser.add_argument("inputs", nargs="+", help="audio files, or folders of them")
     parser.add_argument("--outdir", help="stems go to OUTDIR/<song>/; default: <song>_<model>/")
@@ -141,7 +187,7 @@ def separate_parser():
     return parser
 
 
-def evaluate_parser():
+def evaluate_parser() -> Parser:
     parser = Parser(prog="evaluate.py", description="Separate MUSDB18's test set and score the stems with museval.")
     parser.add_argument(
         "--evaldir", help="folder of the scores, where the same command continues; default: evaluation/<model>"
@@ -158,7 +204,7 @@ def evaluate_parser():
     return parser
 
 
-def weights_parser():
+def weights_parser() -> Parser:
     parser = Parser(prog="weights.py", description="Convert weights between NNabla (.h5) and torch (.pth).")
     parser.add_argument("src", help="file or model folder: ours, Sony's NNabla, or openunmix's")
     parser.add_argument("dst", help="file (.h5 or .pth), or a folder if SRC is one")
@@ -166,7 +212,7 @@ def weights_parser():
     return parser
 
 
-def demo_parser():
+def demo_parser() -> Parser:
     parser = Parser(prog="demo.py", description="Write a page to look at and listen to what a model has learnt.")
     parser.add_argument("--songs", default="demo/songs", help="folder in MUSDB18-HQ's layout; those in test/ are used")
     parser.add_argument("--model", default="demo/model", help="folder of a trained model")

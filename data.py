@@ -4,13 +4,18 @@ musdb finds the tracks, their split, sources and targets; soundfile reads the ex
 is a hundred times faster than a process of ffmpeg per excerpt. Stems in .mp4 are decoded once, into WAV.
 """
 
+from __future__ import annotations
+
 import hashlib
 import shutil
+import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pooch
@@ -19,21 +24,29 @@ import soundfile
 from tqdm import tqdm
 
 from args import data_parser
-from utils import UsageError, command
+from utils import UsageError, command, random_stream
+
+if TYPE_CHECKING:
+    import musdb
+
+# Which numbers are drawn for a seed: another scheme gets another number. 1 (no number in the log) drew the order of an
+# epoch and its first excerpt from one stream, and an augmentation more changed what later sources drew.
+RANDOMNESS = 2
 
 # ------------------------------------------------------------------------------- augmentations
 
 
-def gain(audio, rng):
+def gain(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Audio (nb_channels, nb_timesteps) times a random factor in [0.25, 1.25)."""
     return audio * np.float32(0.25 + rng.random())
 
 
-def channelswap(audio, rng):
+def channelswap(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Stereo audio (2, nb_timesteps) with its channels swapped, with a probability of one half."""
     return audio[::-1] if len(audio) == 2 and rng.random() < 0.5 else audio
 
 
+# The one place that names them; another one is a function as above, and a line here.
 AUGMENTATIONS = {"gain": gain, "channelswap": channelswap}
 
 
@@ -42,23 +55,23 @@ AUGMENTATIONS = {"gain": gain, "channelswap": channelswap}
 
 @dataclass
 class Track:
-    """One song: WAV files that all have the first `frames` samples, at `sample_rate` Hz, `nb_channels` wide."""
+    """One song: files of at least `nb_timesteps` samples each, at `sample_rate` Hz, `nb_channels` wide."""
 
     name: str
     mixture: Path
-    sources: dict  # name -> file
-    frames: int
+    sources: dict[str, Path]
+    nb_timesteps: int
     sample_rate: int
     nb_channels: int
 
 
-def read(path, start=0, frames=-1):
-    """Samples of an audio file, float32 (nb_channels, nb_timesteps)."""
-    audio, _ = soundfile.read(path, start=start, frames=frames, dtype="float32", always_2d=True)
+def read(path: str | Path, start: int = 0, nb_timesteps: int = -1) -> np.ndarray:
+    """Samples of an audio file, float32 (nb_channels, nb_timesteps); -1: all from `start` on."""
+    audio, _ = soundfile.read(path, start=start, frames=nb_timesteps, dtype="float32", always_2d=True)
     return np.ascontiguousarray(audio.T)
 
 
-def database(root, is_wav, subset="train", split=None):
+def database(root: str | Path | None, is_wav: bool, subset: str = "train", split: str | None = None) -> musdb.DB:
     """musdb's database of one subset, or a split of it, and a clear line for everything that can be wrong with it."""
     for program in ("ffmpeg", "ffprobe"):
         if shutil.which(program) is None:
@@ -99,12 +112,18 @@ def _decode_stems(track, sources, folder):
     target = folder / f"{track.name} {hashlib.sha256(key.encode()).hexdigest()[:8]}"
     if target.is_dir():
         return target
-    partial = target.with_name(f".{target.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    for name, audio in [("mixture", track), *((source, track.sources[source]) for source in sources)]:
-        samples = np.round(audio.audio * 32768).astype(np.int16)
-        soundfile.write(partial / f"{name}.wav", samples, int(track.rate), subtype="PCM_16")
-    partial.rename(target)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary:
+        partial = Path(temporary, "stems")
+        partial.mkdir()
+        for name, audio in [("mixture", track), *((source, track.sources[source]) for source in sources)]:
+            samples = np.round(audio.audio * 32768).astype(np.int16)
+            soundfile.write(partial / f"{name}.wav", samples, int(track.rate), subtype="PCM_16")
+        try:
+            partial.rename(target)
+        except OSError:  # another process has decoded it meanwhile
+            if not target.is_dir():
+                raise
     return target
 
 
@@ -121,7 +140,7 @@ def _find_tracks(root, is_wav, split, quiet):
     return tracks, mus.setup["targets"]
 
 
-def open_track(track, sources, is_wav):
+def open_track(track: musdb.MultiTrack, sources: dict[str, str], is_wav: bool) -> Track:
     """A `Track` from musdb's; stems in .mp4 are decoded on the way.
 
     Args:
@@ -152,13 +171,22 @@ def _checked_track(name, mixture, files):
     if len(formats) > 1:
         raise UsageError(f"files of track {name!r} differ in (sample rate, channels): {sorted(formats)}")
     sample_rate, nb_channels = formats.pop()
-    frames = [info.frames for info in infos.values()]
-    if max(frames) - min(frames) > 0.1 * sample_rate:  # less is what encoders add or take away at the end
-        raise UsageError(f"files of track {name!r} differ in length: {min(frames)} to {max(frames)} samples")
-    return Track(name, mixture, files, min(frames), sample_rate, nb_channels)
+    lengths = [info.frames for info in infos.values()]
+    if max(lengths) - min(lengths) > 0.1 * sample_rate:  # less is what encoders add or take away at the end
+        raise UsageError(f"files of track {name!r} differ in length: {min(lengths)} to {max(lengths)} samples")
+    return Track(name, mixture, files, min(lengths), sample_rate, nb_channels)
 
 
 # ------------------------------------------------------------------------------------- sources
+
+
+def _check_names(kind, names, known):
+    """Raise `UsageError` for a name that is unknown, or given twice."""
+    for name, count in Counter(names).items():
+        if name not in known:
+            raise UsageError(f"unknown {kind} {name!r}: there are {', '.join(known)}")
+        if count > 1:
+            raise UsageError(f"the {kind} {name!r} is named {count} times")
 
 
 class MusdbSource:
@@ -170,7 +198,8 @@ class MusdbSource:
     Without, item `index` is a whole track with its official mixture.
 
     Args:
-        target: a source of musdb, or one of its sums of sources (accompaniment, linear_mixture)
+        target: a source of musdb, or one of its sums of sources (accompaniment, linear_mixture); or several of
+            them, then a target is an array (nb_targets, nb_channels, nb_timesteps)
         root: folder of MUSDB18; None downloads musdb's 7 s excerpts
         split: "train" or "valid"
         is_wav: tracks are folders of WAV files
@@ -179,58 +208,73 @@ class MusdbSource:
         augmentations: names in AUGMENTATIONS, in their order
         quiet: no progress bar while tracks are found, or decoded
     Raises:
-        UsageError: no such folder, split, stem or target; a track shorter than an excerpt.
+        UsageError: no such folder, split, stem, target or augmentation; a track shorter than an excerpt.
     """
 
     def __init__(
         self,
-        target,
-        root=None,
-        split="train",
-        is_wav=False,
-        seq_dur=None,
-        samples_per_track=1,
-        augmentations=(),
-        seed=42,
-        quiet=True,
+        target: str | Sequence[str],
+        root: str | Path | None = None,
+        split: str = "train",
+        is_wav: bool = False,
+        seq_dur: float | None = None,
+        samples_per_track: int = 1,
+        augmentations: Iterable[str] = (),
+        seed: int = 42,
+        quiet: bool = True,
     ):
-        self.tracks, targets = _find_tracks(root, is_wav, split, quiet)
-        if target not in targets:
-            raise UsageError(f"unknown target {target!r}: musdb knows {', '.join(targets)}")
-        self.gains = targets[target]
+        self.augmentations = tuple(augmentations)
+        _check_names("augmentation", self.augmentations, AUGMENTATIONS)
+        self.tracks, known = _find_tracks(root, is_wav, split, quiet)
+        targets = [target] if isinstance(target, str) else target
+        if not targets:
+            raise UsageError("no target is named")
+        _check_names("target", targets, known)
+        self.gains = [known[name] for name in targets]  # of each target: {source: gain}
+        self.stacked = not isinstance(target, str)
         self.samples_per_track = samples_per_track
-        self.augmentations = [AUGMENTATIONS[name] for name in augmentations]
         self.seed = seed
         self.sample_rate, self.nb_channels = self.tracks[0].sample_rate, self.tracks[0].nb_channels
         self.nb_timesteps = None if seq_dur is None else round(seq_dur * self.sample_rate)
         for track in self.tracks:
-            if self.nb_timesteps is not None and track.frames < self.nb_timesteps:
-                seconds = track.frames / self.sample_rate
+            if self.nb_timesteps is not None and track.nb_timesteps < self.nb_timesteps:
+                seconds = track.nb_timesteps / self.sample_rate
                 raise UsageError(f"track {track.name!r} has {seconds:.2f} s: too short for --seq-dur {seq_dur}")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.tracks) * self.samples_per_track
 
-    def item(self, epoch, index):
-        """Mixture and target, each (nb_channels, nb_timesteps)."""
+    def item(self, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Mixture and target, each (nb_channels, nb_timesteps); of several targets (nb_targets, …)."""
         if self.nb_timesteps is None:
             return self.whole_track(self.tracks[index // self.samples_per_track])
-        rng = np.random.default_rng((self.seed, epoch, index))
-        mixture = target = np.float32(0)
-        for source in self.tracks[0].sources:
-            track = self.tracks[rng.integers(len(self.tracks))]
-            start = int(rng.uniform(0, track.frames - self.nb_timesteps))
-            audio = read(track.sources[source], start, self.nb_timesteps)
-            for augment in self.augmentations:
-                audio = augment(audio, rng)
-            mixture = mixture + audio
-            target = target + np.float32(self.gains.get(source, 0)) * audio
-        return mixture, target
+        sources = {source: self._excerpt(source, epoch, index) for source in self.tracks[0].sources}
+        return sum(sources.values()), self._target(sources.items())
 
-    def whole_track(self, track):
-        sources = ((gain, read(track.sources[source], 0, track.frames)) for source, gain in self.gains.items())
-        target = sum(np.float32(gain) * audio for gain, audio in sources)
-        return read(track.mixture, 0, track.frames), target
+    def _excerpt(self, source, epoch, index):
+        key = {"seed": self.seed, "epoch": epoch, "index": index, "source": source}
+        rng = random_stream("draw", **key)
+        track = self.tracks[rng.integers(len(self.tracks))]
+        # to the nearest sample, like ffmpeg, which reads for the reference
+        start = round(rng.uniform(0, track.nb_timesteps - self.nb_timesteps))
+        audio = read(track.sources[source], start, self.nb_timesteps)
+        for name in self.augmentations:
+            audio = AUGMENTATIONS[name](audio, random_stream("augmentation", **key, name=name))
+        return audio
+
+    def _target(self, sources):
+        targets = [0] * len(self.gains)
+        for name, audio in sources:
+            for k, gains in enumerate(self.gains):
+                if name in gains:
+                    targets[k] = targets[k] + np.float32(gains[name]) * audio
+        return np.stack(targets) if self.stacked else targets[0]
+
+    def whole_track(self, track: Track) -> tuple[np.ndarray, np.ndarray]:
+        """The official mixture of a track and its target, shaped like those of an item."""
+        names = [name for name in track.sources if any(name in gains for gains in self.gains)]
+        sources = ((name, read(track.sources[name], 0, track.nb_timesteps)) for name in names)
+        return read(track.mixture, 0, track.nb_timesteps), self._target(sources)
 
 
 class DataIterator:
@@ -241,15 +285,15 @@ class DataIterator:
 
     AHEAD = 3  # batches in preparation: enough to bridge one slow read, little memory
 
-    def __init__(self, source, batch_size, nb_workers=0):
+    def __init__(self, source: MusdbSource, batch_size: int, nb_workers: int = 0):
         self.source, self.batch_size, self.nb_workers = source, batch_size, nb_workers
 
-    def __len__(self):
+    def __len__(self) -> int:
         return -(-len(self.source) // self.batch_size)
 
-    def epoch(self, epoch):
+    def epoch(self, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield mixtures and targets, (nb_samples, nb_channels, nb_timesteps) each, in the epoch's own order."""
-        order = np.random.default_rng((self.source.seed, epoch)).permutation(len(self.source))
+        order = random_stream("order", seed=self.source.seed, epoch=epoch).permutation(len(self.source))
         batches = (order[k : k + self.batch_size] for k in range(0, len(order), self.batch_size))
         if self.nb_workers == 0:
             for batch in batches:
@@ -275,7 +319,7 @@ class DataIterator:
 # ---------------------------------------------------------------------------------- statistics
 
 
-def magnitudes(audio, n_fft, n_hop):
+def magnitudes(audio: np.ndarray, n_fft: int, n_hop: int) -> np.ndarray:
     """Magnitude, averaged over channels, of uncentred frames of audio (nb_channels, nb_timesteps).
 
     Returns:
@@ -286,7 +330,7 @@ def magnitudes(audio, n_fft, n_hop):
     return np.abs(scipy.fft.rfft(frames * window)).mean(axis=0)
 
 
-def statistics(tracks, n_fft, n_hop, quiet=True):
+def statistics(tracks: Sequence[Track], n_fft: int, n_hop: int, quiet: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation per bin of the mixtures' magnitudes, over all frames of all tracks.
 
     The reference's recipe: uncentred STFT of whole mixtures, no augmentation, magnitude averaged over
@@ -301,7 +345,7 @@ def statistics(tracks, n_fft, n_hop, quiet=True):
     count, mean, squares = 0, np.zeros(n_fft // 2 + 1), np.zeros(n_fft // 2 + 1)
     block = 512 * n_hop  # a few seconds at a time: a whole song's frames would take a gigabyte
     for track in tqdm(tracks, "Dataset statistics", leave=False, disable=quiet):
-        nb_frames = 1 + (track.frames - n_fft) // n_hop
+        nb_frames = 1 + (track.nb_timesteps - n_fft) // n_hop
         used = (nb_frames - 1) * n_hop + n_fft
         for start in range(0, nb_frames * n_hop, block):
             audio = read(track.mixture, start, min(block - n_hop + n_fft, used - start))
@@ -322,13 +366,13 @@ def statistics(tracks, n_fft, n_hop, quiet=True):
 
 
 @command
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Check a dataset: read everything that training would read, say what is there and how fast it is drawn."""
     options = data_parser().parse_args(argv)
     musdb = {"target": options.target, "root": options.root, "is_wav": options.is_wav, "quiet": options.quiet}
     for split in ("train", "valid"):
         source = MusdbSource(**musdb, split=split)
-        hours = sum(track.frames for track in source.tracks) / source.sample_rate / 3600
+        hours = sum(track.nb_timesteps for track in source.tracks) / source.sample_rate / 3600
         print(
             f"{split}: {len(source.tracks)} tracks, {hours:.2f} h, {source.sample_rate} Hz, "
             f"{source.nb_channels} channel(s)"

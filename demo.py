@@ -4,11 +4,18 @@ One test song is separated into the model's targets and the rest, and all test s
 HTML that works from the file system, without network: its sounds and pictures lie in media/ beside it.
 """
 
+from __future__ import annotations  # unions, on Python 3.9
+
+import logging
 import shutil
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
 from urllib.parse import quote
+
+if __name__ == "__main__":
+    logging.getLogger("nnabla").setLevel(logging.WARNING)  # else its import is announced
 
 import numpy as np
 import scipy.fft
@@ -106,15 +113,15 @@ LOSS = Template("""<figure><figcaption><span>Loss of the $target in training</sp
 """)
 
 
-def number(value, digits=2):
+def number(value: float, digits: int = 2) -> str:
     return "&ndash;" if np.isnan(value) else f"{value:.{digits}f}".replace("-", "&minus;")
 
 
-def enumeration(words):
+def enumeration(words: Iterable[str]) -> str:
     return " and ".join(", ".join(words).rsplit(", ", 1))
 
 
-def html_name(name):
+def html_name(name: str) -> str:
     """The name of a song, "artist - title"."""
     return escape(name).replace(" - ", "&nbsp;&ndash; ")
 
@@ -122,7 +129,7 @@ def html_name(name):
 # ----------------------------------------------------------------------------------------- scores
 
 
-def read(path):
+def read(path: Path) -> tuple[np.ndarray, int]:
     """Audio (nb_channels, nb_timesteps) and its sample rate."""
     try:
         audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
@@ -131,7 +138,7 @@ def read(path):
     return audio.T, rate
 
 
-def sdr(truth, estimate, rate):
+def sdr(truth: np.ndarray, estimate: np.ndarray, rate: int) -> float:
     """Signal to distortion ratio in dB of audio (nb_channels, nb_timesteps): BSSEval v4, median over seconds."""
     try:
         import museval  # only here, since it needs ffmpeg
@@ -142,7 +149,7 @@ def sdr(truth, estimate, rate):
     return np.nanmedian(museval.evaluate([truth.T], [estimate.T], win=rate, hop=rate)[0])
 
 
-def with_median(scores):
+def with_median(scores: dict[str, Sequence[float]]) -> list[tuple]:
     """Rows of name, SDR of the mixture and of the estimate, improvement; below them their medians.
 
     Args:
@@ -155,7 +162,7 @@ def with_median(scores):
 # --------------------------------------------------------------------------------- sounds, pictures
 
 
-def spectrogram(audio, rate, nb_bands=240, nb_columns=1200):
+def spectrogram(audio: np.ndarray, rate: int, nb_bands: int = 240, nb_columns: int = 1200) -> np.ndarray:
     """Power in dB (nb_bands, nb_columns) of audio (nb_channels, nb_timesteps), in bands of equal width in octaves."""
     size = 2 ** round(np.log2(0.2 * rate))  # long frames, since low notes differ by a few Hz
     mono = np.pad(audio.mean(axis=0), size // 2)
@@ -168,7 +175,7 @@ def spectrogram(audio, rate, nb_bands=240, nb_columns=1200):
     return 10 * np.log10(np.diff(below, axis=0) @ power.T + 1e-12)
 
 
-def ticks(seconds):
+def ticks(seconds: float) -> str:
     """A picture's axes. As HTML they stay legible on narrow screens, where the picture shrinks."""
     rows = {np.log(hz / LOW) / np.log(HIGH / LOW): text for hz, text in TICKS.items()}
     times = [s for s in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, seconds) if 0 < s < seconds]
@@ -176,7 +183,7 @@ def ticks(seconds):
     return "".join(marks + [f'<i class="s" style="left: {s / seconds:.2%}">{s:g} s</i>' for s in times])
 
 
-def write_figures(media, sounds, rate):
+def write_figures(media: Path, sounds: dict[str, tuple[str, str, np.ndarray]], rate: int) -> str:
     """Write sounds and their spectrograms into the folder `media`; returns the HTML that shows them.
 
     Args:
@@ -202,7 +209,7 @@ def write_figures(media, sounds, rate):
     return html
 
 
-def write_results(media, target, rows, losses):
+def write_results(media: Path, target: str, rows: list[tuple], losses: Path) -> str:
     """The HTML of a table of scores, see `with_median`, and of the picture `losses`, if there is one."""
     body = "".join(
         f"<tr><td>{html_name(song)}<td>{number(mixture)}<td>{number(estimate)}<td class=accent>{number(gain)}\n"
@@ -219,7 +226,7 @@ def write_results(media, target, rows, losses):
 # ------------------------------------------------------------------------------------ command line
 
 
-def demo(songs, model, outdir, quiet=False):
+def demo(songs: str | Path, model: str | Path, outdir: str | Path, quiet: bool = False) -> dict[str, list[tuple]]:
     """Separate and score the songs in <songs>/test, and show the first of them on <outdir>/index.html.
 
     Returns:
@@ -269,7 +276,7 @@ def demo(songs, model, outdir, quiet=False):
 
 
 @utils.command
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = demo_parser().parse_args(argv)
     for target, rows in demo(args.songs, args.model, args.outdir, args.quiet).items():
         title, width = f"SDR of the {target}, in dB", max(len(row[0]) for row in rows)

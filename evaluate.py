@@ -4,44 +4,52 @@
 sum it up: medians over frames, then over tracks, the way of SiSEC 2018.
 """
 
+from __future__ import annotations  # unions, on Python 3.9
+
 import contextlib
 import datetime
 import hashlib
 import importlib.metadata
+import logging
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+if __name__ in ("__main__", "__mp_main__"):  # also of `in_processes`
+    logging.getLogger("nnabla").setLevel(logging.WARNING)  # else its import is announced
 
 import nnabla as nn
 import numpy as np
 import soundfile
 from tqdm import tqdm
 
+import context
 import data
-import kernels
+import kernels.threads
 import utils
 from args import evaluate_parser
+from scores import FOUR, MODE, PAIR, Labels, summarize, without_nan
 from separate import Separator, checked_aggregate
 from utils import UsageError
 
-METRICS = ("SDR", "SIR", "ISR", "SAR")
-PAIR = ("vocals", "accompaniment")
-FOUR = "four sources"
-MODE = "BSSEval v4, frames of 1 s"  # museval's defaults, which SiSEC 2018 used
-PUBLISHED = Path(__file__).parent / "docs" / "published_scores.json"
+if TYPE_CHECKING:
+    import musdb  # needs ffmpeg, so data.py imports it where it is used
 
+Sources = dict[str, set[str]]  # {stem: the sources that it should hold}
 
 # ------------------------------------------------------------------------------ what is compared with what
 
 
-def references(separator, aggregate, targets):
+def references(separator: Separator, aggregate: dict[str, list[str]] | None, targets: dict[str, dict]) -> Sources:
     """The sources whose sum each stem should be, {stem: set of names}, of the stems that should hold any.
 
     Args:
@@ -64,7 +72,7 @@ def references(separator, aggregate, targets):
     return {stem: sources for stem, sources in parts.items() if sources}
 
 
-def evaluations(stems):
+def evaluations(stems: Sources) -> Labels:
     """Which scores museval gives these stems, and among which they are scored: {label: stems}.
 
     Scores depend on what a stem is compared with. With vocals and accompaniment among other stems, museval scores
@@ -91,11 +99,11 @@ def evaluations(stems):
     return labels
 
 
-def fingerprint(separator):
+def fingerprint(separator: Separator) -> str:
     """SHA-256 of all weights."""
     digest = hashlib.sha256()
-    for one in separator.models:
-        with one.parameter_scope():
+    for model in separator.models:
+        with model.parameter_scope():
             for name, parameter in sorted(nn.get_parameters(grad_only=False).items()):
                 digest.update(name.encode() + parameter.d.tobytes())
     return digest.hexdigest()
@@ -108,36 +116,44 @@ class Scorer:
     """Separates and scores tracks: <evaldir>/<subset>/<track>.json, and the stems if they are to be kept.
 
     Args:
-        separator: Separator
         aggregate, stems: see `references`
         sources: {source: its file in a folder of WAV}, musdb's
         is_wav: whether tracks are such folders
         outdir: of the stems, or None
     """
 
-    def __init__(self, separator, aggregate, stems, sources, is_wav, evaldir, outdir):
+    def __init__(
+        self,
+        separator: Separator,
+        aggregate: dict[str, list[str]] | None,
+        stems: Sources,
+        sources: dict[str, str],
+        is_wav: bool,
+        evaldir: str | Path,
+        outdir: str | Path | None,
+    ):
         self.separator, self.aggregate, self.stems = separator, aggregate or {}, stems
         self.sources, self.is_wav = sources, is_wav
         self.evaldir, self.outdir = Path(evaldir), outdir and Path(outdir)
         self.names = list(aggregate or separator.sources)
 
-    def json(self, track):
+    def json(self, track: musdb.MultiTrack) -> Path:
         return self.evaldir / track.subset / f"{track.name}.json"
 
-    def files(self, track):
+    def files(self, track: musdb.MultiTrack) -> dict[str, Path]:
         return {name: self.outdir / track.subset / track.name / f"{name}.wav" for name in self.names if self.outdir}
 
-    def scored(self, track):
+    def scored(self, track: musdb.MultiTrack) -> bool:
         """Whether a track has all its scores."""
         try:
             return {target["name"] for target in utils.read_json(self.json(track))["targets"]} == set(self.stems)
         except (UsageError, KeyError, TypeError):
             return False
 
-    def done(self, track):
+    def done(self, track: musdb.MultiTrack) -> bool:
         return self.scored(track) and all(path.exists() for path in self.files(track).values())
 
-    def __call__(self, track):
+    def __call__(self, track: musdb.MultiTrack) -> dict:
         """Separate and score a musdb track; whatever is wrong with it, the others must go on.
 
         Returns:
@@ -150,13 +166,13 @@ class Scorer:
         except Exception as error:
             return {"track": track.name, "error": f"{type(error).__name__}: {error}"}
 
-    def score(self, track):
+    def score(self, track: musdb.MultiTrack) -> dict:
         import museval
 
         song = data.open_track(track, self.sources, self.is_wav)
         truth = {
             stem: sum(
-                soundfile.read(song.sources[source], song.frames, always_2d=True)[0] for source in sorted(sources)
+                soundfile.read(song.sources[source], song.nb_timesteps, always_2d=True)[0] for source in sorted(sources)
             )
             for stem, sources in self.stems.items()
         }
@@ -164,7 +180,7 @@ class Scorer:
         if silent and all(path.exists() for path in self.files(track).values()):
             return {"silent": silent}
         start = time.perf_counter()
-        estimates = self.separate(song)
+        estimates = self.estimates(song)
         separated = time.perf_counter()
         self.write(track, estimates, song.sample_rate)
         silent = silent or next(
@@ -188,16 +204,16 @@ class Scorer:
         with utils.atomic_path(path) as temporary:
             temporary.write_text(scores.json)
         seconds = {"separation": separated - start, "museval": time.perf_counter() - scoring}
-        return {"seconds": {"audio": song.frames / song.sample_rate, **seconds}}
+        return {"seconds": {"audio": song.nb_timesteps / song.sample_rate, **seconds}}
 
-    def separate(self, song):
+    def estimates(self, song: data.Track) -> dict[str, np.ndarray]:
         """Stems (nb_timesteps, nb_channels) by name."""
-        stems = self.separator(data.read(song.mixture, 0, song.frames), song.sample_rate)
+        stems = self.separator(data.read(song.mixture, 0, song.nb_timesteps), song.sample_rate)
         if self.aggregate:
             stems = {name: sum(stems[part] for part in parts) for name, parts in self.aggregate.items()}
         return {name: audio.T for name, audio in stems.items()}
 
-    def write(self, track, estimates, rate):
+    def write(self, track: musdb.MultiTrack, estimates: dict[str, np.ndarray], rate: int) -> None:
         """The layout of musdb's save_estimates; in float, so that the files have the scores of what they hold."""
         for name, path in self.files(track).items():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -207,7 +223,7 @@ class Scorer:
                 leftover.unlink()
 
 
-def is_silent(audio):
+def is_silent(audio: np.ndarray) -> bool:
     """museval's idea of silence: channels that sum to zero, in audio (nb_timesteps, nb_channels)."""
     return not audio.sum(axis=1).any()
 
@@ -215,7 +231,7 @@ def is_silent(audio):
 # ------------------------------------------------------------------------------------------ all tracks
 
 
-def in_this_process(tracks, scorer):
+def in_this_process(tracks: list[musdb.MultiTrack], scorer: Scorer) -> Iterator[dict]:
     """Results of tracks, one after the other."""
     interrupted = False
 
@@ -235,10 +251,9 @@ def in_this_process(tracks, scorer):
         signal.signal(signal.SIGINT, handler)
 
 
-def set_up(loading, threads, plain, **options):
+def set_up(loading: dict, threads: int, plain: bool, **options) -> Scorer:
     """A Scorer with a Separator of its own; arguments as of Separator.load and Scorer."""
-    kernels.set_threads(threads)
-    utils.set_plain(plain)
+    context.use(loading["context"], loading["device_id"], plain, threads)
     return Scorer(Separator.load(**loading), **options)
 
 
@@ -260,7 +275,7 @@ def _score(track):
     return _scorer(track)
 
 
-def in_processes(tracks, cores, threads, arguments):
+def in_processes(tracks: list[musdb.MultiTrack], cores: int, threads: int, arguments: dict) -> Iterator[dict]:
     """Results of tracks, as they come, from `cores` processes of `threads` threads each.
 
     Processes are spawned, not forked: a fork would copy NNabla's state and our pool, but not their threads.
@@ -295,7 +310,7 @@ def in_processes(tracks, cores, threads, arguments):
 # ---------------------------------------------------------------------------------------------- results
 
 
-def prepare(evaldir, subset, settings):
+def prepare(evaldir: Path, subset: str, settings: dict) -> dict:
     """The folder of the scores, ready for a new run, or for another one with the same settings.
 
     Returns:
@@ -317,116 +332,18 @@ def prepare(evaldir, subset, settings):
     return earlier
 
 
-def read_scores(paths):
-    """museval's EvalStore of its JSON files: it knows how to aggregate them."""
-    import museval
-    from museval.aggregate import json2df
-
-    store = museval.EvalStore()
-    for path in paths:
-        store.add_track(json2df(utils.read_json(path), path.stem))
-    return store
-
-
-def medians(store):
-    """{target: {metric: median over frames, then over tracks}}, NaN where no frame has a score."""
-    scores = store.agg_frames_tracks_scores().unstack()
-    return {target: {metric: float(scores[metric][target]) for metric in METRICS} for target in scores.index}
-
-
-def table(scores, labels, title, published):
-    """Lines: own medians, an evaluation after the other, and beside them the published ones.
-
-    Args:
-        scores: of `medians`; labels: of `evaluations`; published: the content of published_scores.json
-    """
-    lines, width = [], max(map(len, [*labels, *scores]))
-    for label, targets in labels.items():
-        others = published["models"] if label == published["evaluation"] else []
-        beside = "   published SDR: " + "  ".join(model["name"] for model in others) if others else ""
-        lines += ["", f"{label:{width}}" + "".join(f"{metric:>8}" for metric in METRICS) + beside]
-        for target in targets:
-            line = f"{target:{width}}" + "".join(f"{scores[target][metric]:8.2f}" for metric in METRICS)
-            if others:
-                line += " " * len("   published SDR:")
-                for model in others:
-                    line += f"{model['scores'][target]['SDR']:{len(model['name']) + 1}.2f} "
-            lines.append(line.rstrip())
-    return "\n".join([title, *lines[1:]])
-
-
-def plot(path, tracks, labels, title):
-    """Box plots over tracks: a row per evaluation, a column per metric.
-
-    Args:
-        tracks: {track: {target: {metric: median over frames}}}
-    """
-    from matplotlib.figure import Figure  # slow to import
-
-    boxes = len(METRICS) * max(map(len, labels.values()))
-    figure = Figure(figsize=(2 + 0.55 * max(12, boxes), 0.6 + 3 * len(labels)), layout="constrained")
-    figure.suptitle(title)
-    for row, (label, targets) in zip(figure.subplots(len(labels), len(METRICS), squeeze=False), labels.items()):
-        for axes, metric in zip(row, METRICS):
-            columns = [[scores[target][metric] for scores in tracks.values()] for target in targets]
-            columns = [[value for value in column if np.isfinite(value)] for column in columns]
-            axes.boxplot(columns, widths=0.6, medianprops={"color": "C3"}, flierprops={"marker": ""})
-            for x, column in enumerate(columns, 1):
-                aside = np.linspace(-0.2, 0.2, len(column) + 2)[1:-1]
-                axes.plot(x + aside, column, ".", color="C0", ms=4, alpha=0.5)
-            axes.set_xticks(range(1, len(targets) + 1), targets, rotation=30, ha="right")
-            axes.set_title(metric)
-            axes.grid(axis="y", lw=0.4)
-        row[0].set_ylabel(f"{label}, dB")
-    with utils.atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-
-
-def without_nan(value):
-    """The same with None for NaN, which JSON has not."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def summarize(evaldir, paths, labels, subset):
-    """Read the tracks' JSON files, draw scores.png; returns the table, and what summary.json says of scores.
-
-    Args:
-        paths: of the JSON files; labels: see `evaluations`
-    """
-    store = read_scores(paths)
-    scores, by_track = medians(store), store.agg_frames_scores().unstack()
-    tracks = {
-        path.stem: {
-            target: {metric: float(by_track[metric][path.stem, target]) for metric in METRICS} for target in scores
-        }
-        for path in paths
-    }
-    unscored = store.df[store.df.metric == "SDR"].groupby(["track", "time"]).score.apply(lambda sdr: sdr.isna().any())
-    frames = {track: (int(nans.sum()), len(nans)) for track, nans in unscored.groupby("track")}
-    counted = by_track["SDR"].dropna().index.get_level_values("track").nunique()
-    title = f"{MODE}, median over frames, then over {counted} track{'s' * (counted != 1)} of {subset}, in dB"
-    plot(Path(evaldir, "scores.png"), tracks, labels, title)
-    return table(scores, labels, f"{title}\n", utils.read_json(PUBLISHED)), {
-        "scores": {label: {target: scores[target] for target in targets} for label, targets in labels.items()},
-        "tracks": tracks,
-        "frames_without_score": {track: f"{count} of {total}" for track, (count, total) in frames.items() if count},
-    }
-
-
-def per_minute(results):
+def per_minute(results: Iterable[dict]) -> dict[str, float]:
     """Seconds of work per minute of audio, {part: seconds}; of the tracks that were scored in this run."""
-    seconds = [result["seconds"] for result in results if "seconds" in result]
-    minutes = sum(one["audio"] for one in seconds) / 60
-    return {part: sum(one[part] for one in seconds) / minutes for part in ("separation", "museval") if seconds}
+    scored = [result["seconds"] for result in results if "seconds" in result]
+    minutes = sum(seconds["audio"] for seconds in scored) / 60
+    return {part: sum(seconds[part] for seconds in scored) / minutes for part in ("separation", "museval") if scored}
 
 
 # ----------------------------------------------------------------------------------------- command line
 
 
 @utils.command
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = evaluate_parser().parse_args(argv)
     subset, split = ("train", "valid") if args.subset == "valid" else (args.subset, None)
     evaldir = Path(args.evaldir or Path("evaluation", Path(args.model).resolve().stem)).expanduser()
@@ -435,6 +352,8 @@ def main(argv=None):
         "model": args.model,
         "targets": args.targets,
         "model_dir": args.model_dir,
+        "network": args.network,
+        "network_options": args.network_options,
         "quiet": args.quiet,
         "niter": args.niter,
         "softmask": args.softmask,
@@ -445,8 +364,7 @@ def main(argv=None):
         "device_id": args.device_id,
         "segment": args.segment,
     }
-    kernels.set_threads(args.threads)
-    utils.set_plain(args.plain)
+    context.use(args.context, args.device_id, args.plain, args.threads)
     separator = Separator.load(**loading)
     aggregate = checked_aggregate(separator, args.aggregate)
     stems = references(separator, aggregate, mus.setup["targets"])
@@ -475,7 +393,7 @@ def main(argv=None):
     cores = max(1, min(args.cores, len(todo)))
     if cores > 1:
         arguments = {"loading": {**loading, "quiet": True}, "plain": args.plain, **files}
-        results = in_processes(todo, cores, max(1, kernels.get_threads() // cores), arguments)
+        results = in_processes(todo, cores, max(1, kernels.threads.get_threads() // cores), arguments)
     else:
         results = in_this_process(todo, scorer)
     try:

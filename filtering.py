@@ -1,18 +1,28 @@
 """The multichannel Wiener filter: from magnitude estimates of the sources and a mixture to complex spectra.
 
 `wiener` and `residual_model` are drop-ins for those of norbert 0.2.1, in its layout (nb_frames, nb_bins,
-nb_channels, nb_sources). `separate` is the same filter in the layout of the network and of the inverse STFT,
+nb_channels, nb_sources). `source_spectra` is the same filter in the layout of the network and of the inverse STFT,
 bins last, with the conventions of openunmix.filtering 1.3.0. Arrays in, arrays out; inputs are never modified.
 """
+
+from __future__ import annotations  # unions, on Python 3.9
 
 import operator
 
 import numpy as np
 
-import kernels
+import kernels.wiener
 
 
-def separate(v, x, iterations=1, softmask=False, residual=False, eps=1e-10, out=None):
+def source_spectra(
+    v: np.ndarray,
+    x: np.ndarray,
+    iterations: int = 1,
+    softmask: bool = False,
+    residual: bool = False,
+    eps: float | None = 1e-10,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """Source spectra by the multichannel Wiener filter, as openunmix.filtering.wiener computes them.
 
     The first estimates y_j have the magnitudes v_j and the phases of the mixture x; or, with a soft mask, are
@@ -55,7 +65,7 @@ def separate(v, x, iterations=1, softmask=False, residual=False, eps=1e-10, out=
 
     >>> v = np.ones((4, 30, 2, 65), np.float32)  # 4 sources, 30 frames, 2 channels, 65 bins
     >>> x = np.full((2, 30, 65), 3 + 4j, np.complex64)
-    >>> separate(v, x).shape
+    >>> source_spectra(v, x).shape
     (4, 2, 30, 65)
     """
     v, x = np.asarray(v), np.asarray(x)
@@ -86,17 +96,19 @@ def separate(v, x, iterations=1, softmask=False, residual=False, eps=1e-10, out=
     if nb_channels == 1:
         noise += eps  # norbert does so; without it, as in the reference, nothing changes at 1e-10
     if iterations > 0:
-        square = max(1.0, kernels.peak(x) / 10) ** 2
+        square = max(1.0, kernels.wiener.peak(x) / 10) ** 2
         weight, noise = weight * square, noise * square
-    run = kernels.wiener if nb_channels <= 2 else _any_number_of_channels
+    run = kernels.wiener.wiener if nb_channels <= 2 else _any_number_of_channels
     run(v, x, iterations, softmask, residual, float(eps), float(weight), float(noise), out)
     return out
 
 
-def wiener(v, x, iterations=1, use_softmask=True, eps=None):
+def wiener(
+    v: np.ndarray, x: np.ndarray, iterations: int = 1, use_softmask: bool = True, eps: float | None = None
+) -> np.ndarray:
     """Source spectra by the multichannel Wiener filter: a drop-in for norbert.wiener.
 
-    Unlike norbert's, it does not modify x, and a complex64 mixture gives complex64 estimates. `separate` says
+    Unlike norbert's, it does not modify x, and a complex64 mixture gives complex64 estimates. `source_spectra` says
     what is computed.
 
     Args:
@@ -116,18 +128,18 @@ def wiener(v, x, iterations=1, use_softmask=True, eps=None):
     (30, 65, 2, 4)
     """
     v, x = _check_layout(v, x)
-    y = separate(v.transpose(3, 0, 2, 1), x.transpose(2, 0, 1), iterations, use_softmask, eps=eps)
+    y = source_spectra(v.transpose(3, 0, 2, 1), x.transpose(2, 0, 1), iterations, use_softmask, eps=eps)
     return y.transpose(2, 3, 1, 0)
 
 
-def residual_model(v, x, alpha=1):
+def residual_model(v: np.ndarray, x: np.ndarray, alpha: float = 1) -> np.ndarray:
     """Append the magnitudes of a residual to those of the sources: a drop-in for norbert.residual_model.
 
     The residual is what the sum of v leaves of |x|**alpha, or zero where it leaves nothing. In the result, the
     sources are scaled, per bin and channel, such that their sum fits |x|**alpha best in the sense of least
     squares; like norbert's, the residual is that of the sources before scaling.
 
-    `separate(…, residual=True)` has another notion of a residual, that of openunmix: complex, and only
+    `source_spectra(…, residual=True)` has another notion of a residual, that of openunmix: complex, and only
     after the first estimates.
 
     Args:
@@ -171,7 +183,7 @@ def _check_types(v, x):
 
 
 def _any_number_of_channels(v, x, iterations, softmask, residual, eps, weight, noise, out):
-    """What `kernels.wiener` computes, for any number of channels, by NumPy; for large arrays slow.
+    """What `kernels.wiener.wiener` computes, for any number of channels, by NumPy; for large arrays slow.
 
     Singular values below eps times the largest count as zero in the inverse, as in norbert.
     """

@@ -1,7 +1,7 @@
 """The graph functions that the model is built from, each in two forms with the same meaning.
 
-The plain form is made of native NNabla functions and runs in any context. The fast form, for the CPU, is a
-``PythonFunction`` above it, whose arithmetic is in kernels.py. `utils.fast` chooses.
+The plain form is made of native NNabla functions and runs in any context. The fast form, for the CPU, is in
+fast.py. `context.fast` chooses.
 
 Parametric functions (`input_affine`, `batch_normalization`, `lstm`, `affine`, `mask`) register their
 parameters in the current ``nn.parameter_scope`` under `name`, like those of
@@ -10,84 +10,22 @@ parameters in the current ``nn.parameter_scope`` under `name`, like those of
 Shapes: T = nb_frames, N = nb_samples, C = nb_channels, F = nb_bins.
 """
 
+from collections.abc import Callable, Sequence
+
 import nnabla as nn
 import nnabla.functions as F
-import numpy as np
-from nnabla.function import PythonFunction
 from nnabla.initializer import ConstantInitializer, UniformInitializer
 from nnabla.parameter import get_parameter_or_create
 
-import kernels
-import utils
-
-BN_EPS = 1e-5
-BN_DECAY = 0.9
-
-
-# --------------------------------------------------------------------------- what fast forms share
-
-# A PythonFunction sees the memory of its variables as NumPy arrays: mode "r" to read, "w" where every value is
-# overwritten, "rw" to add; always with a dtype, or v.d = float64_array would turn up as float64.
-
-
-def _read(variable):
-    return variable.data.get_data("r", np.float32)
-
-
-def _write(variable):
-    return variable.data.get_data("w", np.float32)
-
-
-def _gradient(variable, accumulate):
-    return variable.grad.get_data("rw" if accumulate else "w", np.float32)
-
-
-def _store(variable, accumulate, value):
-    gradient = _gradient(variable, accumulate)
-    if accumulate:
-        gradient += value.reshape(gradient.shape)
-    else:
-        gradient[...] = value.reshape(gradient.shape)
-
-
-def _rows(array):
-    """(T, N, …) as a matrix of T · N rows."""
-    return array.reshape(array.shape[0] * array.shape[1], -1)
-
-
-class _Function(PythonFunction):
-    """One output, no dependency of gradients on it; gradients may depend on any input.
-
-    `accum[i]` says whether a gradient is to be added to what is there. `grad_depends_output_data` and
-    `grad_depends_input_data` tell the graph which data must outlive the forward pass: what they deny is released
-    by ``backward(clear_buffer=True)`` and must not be read there. An exception within setup_impl, forward_impl or
-    backward_impl surfaces as a SystemError; so arguments are checked before, where they arrive.
-    """
-
-    @property
-    def name(self):
-        return type(self).__name__
-
-    def min_outputs(self):
-        return 1
-
-    def output_shape(self, *input_shapes):
-        return input_shapes[0]
-
-    def setup_impl(self, inputs, outputs):
-        outputs[0].reset_shape(self.output_shape(*[v.shape for v in inputs]), True)
-
-    def grad_depends_output_data(self, i, o):
-        return False
-
-    def grad_depends_input_data(self, i, j):
-        return True
-
+import context
+import fast
+import kernels.spectra
+from fast import BN_DECAY, BN_EPS
 
 # ------------------------------------------------------------------------------- audio to spectrogram
 
 
-def stft(x, n_fft, n_hop, center):
+def stft(x: nn.Variable, n_fft: int, n_hop: int, center: bool) -> tuple[nn.Variable, nn.Variable]:
     """Short-time Fourier transform: periodic Hann window, no normalisation.
 
     Args:
@@ -100,14 +38,14 @@ def stft(x, n_fft, n_hop, center):
         ValueError: the audio is too short for a frame, or for the reflection.
     """
     nb_samples, nb_channels, nb_timesteps = x.shape
-    kernels.nb_frames(nb_timesteps, n_fft, n_hop, center)  # raises
+    kernels.spectra.nb_frames(nb_timesteps, n_fft, n_hop, center)  # raises
     packed = F.reshape(x, (nb_samples * nb_channels, nb_timesteps), inplace=False)
     real, imag = F.stft(packed, n_fft, n_hop, n_fft, window_type="hanning", center=center, pad_mode="reflect")
     shape = (nb_samples, nb_channels) + real.shape[1:]
     return F.reshape(real, shape), F.reshape(imag, shape)
 
 
-def magnitude(real, imag, power, mono):
+def magnitude(real: nn.Variable, imag: nn.Variable, power: float, mono: bool) -> nn.Variable:
     """(real² + imag²)^(power/2) in the network's layout, averaged over channels if mono.
 
     Args:
@@ -121,32 +59,13 @@ def magnitude(real, imag, power, mono):
     return F.transpose(spectrogram, (3, 0, 1, 2))
 
 
-class _Spectrogram(_Function):
-    def __init__(self, n_fft, n_hop, center, power, mono):
-        super().__init__()
-        self.n_fft, self.n_hop, self.center, self.power, self.mono = n_fft, n_hop, center, power, mono
-
-    def output_shape(self, x):
-        nb_frames = kernels.nb_frames(x[2], self.n_fft, self.n_hop, self.center)
-        return nb_frames, x[0], 1 if self.mono else x[1], self.n_fft // 2 + 1
-
-    def forward_impl(self, inputs, outputs):
-        options = (self.n_fft, self.n_hop, self.center, self.power, self.mono)
-        kernels.spectrogram(_read(inputs[0]), *options, out=_write(outputs[0]))
-
-    def grad_depends_input_data(self, i, j):
-        return False
-
-    def backward_impl(self, inputs, outputs, propagate_down, accum):
-        if propagate_down[0]:
-            raise NotImplementedError("the fast spectrogram has no gradient towards the audio: use the plain form")
-
-
-def spectrogram(x, n_fft, n_hop, center=False, power=1, mono=False):
+def spectrogram(
+    x: nn.Variable, n_fft: int, n_hop: int, center: bool = False, power: float = 1, mono: bool = False
+) -> nn.Variable:
     """Audio (N, C, nb_timesteps) to its magnitude (T, N, 1 if mono else C, F), as `magnitude` of `stft`."""
-    kernels.nb_frames(x.shape[2], n_fft, n_hop, center)
-    if utils.fast() and not x.need_grad:  # the fast form has no gradient
-        return _Spectrogram(n_fft, n_hop, center, power, mono)(x)
+    kernels.spectra.nb_frames(x.shape[2], n_fft, n_hop, center)
+    if context.fast() and not x.need_grad:  # the fast form has no gradient
+        return fast.Spectrogram(n_fft, n_hop, center, power, mono)(x)
     return magnitude(*stft(x, n_fft, n_hop, center), power, mono)
 
 
@@ -167,37 +86,12 @@ def _bn_parameters(nb_features):
     return beta, gamma, mean, var
 
 
-class _InputAffine(_Function):
-    def output_shape(self, x, weight, mean, scale):
-        return x[0], x[1], weight[1]
-
-    @staticmethod
-    def _arrays(inputs):
-        x, weight, mean, scale = (_read(v) for v in inputs)
-        return x.reshape((-1,) + x.shape[2:]), mean, scale, weight
-
-    def forward_impl(self, inputs, outputs):
-        kernels.input_affine(*self._arrays(inputs), _rows(_write(outputs[0])))
-
-    def backward_impl(self, inputs, outputs, propagate_down, accum):
-        dy = _rows(outputs[0].grad.get_data("r", np.float32))
-        x, mean, scale, weight = self._arrays(inputs)
-        if propagate_down[0]:
-            dx = _gradient(inputs[0], accum[0]).reshape(x.shape)
-            kernels.input_affine_backward_data(dy, mean, scale, weight, dx, accum[0])
-        if any(propagate_down[1:]):
-            gradients = kernels.input_affine_backward(x, mean, scale, weight, dy)
-            for i, gradient in zip((2, 3, 1), gradients):
-                if propagate_down[i]:
-                    _store(inputs[i], accum[i], gradient)
-
-
-def input_affine(x, n_outmaps, mean, scale, name):
+def input_affine(x: nn.Variable, n_outmaps: int, mean: nn.Variable, scale: nn.Variable, name: str) -> nn.Variable:
     """((x + mean) · scale) W, over the first bins only: as many as `mean` has.
 
     Args:
         x: spectrogram (T, N, C, F)
-        mean, scale: variables (max_bin,)
+        mean, scale: (max_bin,)
     Returns:
         (T, N, n_outmaps)
     Parameters:
@@ -207,74 +101,16 @@ def input_affine(x, n_outmaps, mean, scale, name):
     fan_in = x.shape[2] * max_bin
     with nn.parameter_scope(name):
         W = get_parameter_or_create("affine/W", (fan_in, n_outmaps), _uniform(fan_in))
-    if utils.fast():
-        return _InputAffine()(x, W, mean, scale)
+    if context.fast():
+        return fast.InputAffine()(x, W, mean, scale)
     h = F.slice(x, stop=x.shape[:3] + (max_bin,))
     h = (h + F.reshape(mean, (1, 1, 1, -1))) * F.reshape(scale, (1, 1, 1, -1))
     return F.affine(F.reshape(h, x.shape[:2] + (fan_in,)), W, base_axis=2)
 
 
-class _Normalized(_Function):
-    """What batch normalization and mask share: statistics, and the two passes over a (T, N, K) input."""
-
-    def __init__(self, kind, test):
-        super().__init__()
-        self.kind, self.test = kind, test
-
-    def statistics(self, x, mean, var):
-        """Center and 1 / std to normalise with; in training also moves the running statistics."""
-        if self.test:
-            self.center, var = _read(mean).ravel(), _read(var).ravel().astype(np.float64)
-        else:
-            n = len(x)
-            total, squares = kernels.column_sums(x)
-            center = total / n
-            var_biased = np.maximum(squares / n - center**2, 0)
-            for running, value in ((mean, center), (var, var_biased * n / max(n - 1, 1))):
-                array = running.data.get_data("rw", np.float32)
-                array[...] = BN_DECAY * array + (1 - BN_DECAY) * value.reshape(array.shape)
-            self.center, var = center.astype(np.float32), var_biased
-        self.inverse_std = ((var + BN_EPS) ** -0.5).astype(np.float32)
-
-    def backward(self, inputs, outputs, other, slope, shift, propagate_down, accum):
-        """Writes the gradient of inputs[0]; returns Σ r and Σ r u of `kernels.normalize_backward`."""
-        x = _rows(_read(inputs[0]))
-        dy = outputs[0].grad.get_data("r", np.float32).reshape(x.shape)
-        dx = None
-        if propagate_down[0]:
-            dx = np.empty_like(x) if accum[0] else _gradient(inputs[0], False).reshape(x.shape)
-        sums = kernels.normalize_backward(
-            x, dy, other, self.center, slope, shift, self.kind, self.inverse_std, not self.test, dx
-        )
-        if propagate_down[0] and accum[0]:
-            _store(inputs[0], True, dx)
-        return sums
-
-
-class _BatchNormalization(_Normalized):
-    def forward_impl(self, inputs, outputs):
-        x, beta, gamma, mean, var = inputs
-        x, y = _rows(_read(x)), _rows(_write(outputs[0]))
-        self.statistics(x, mean, var)
-        slope = _read(gamma).ravel() * self.inverse_std
-        kernels.normalize(x, self.center, slope, _read(beta).ravel(), self.kind, x, y)
-
-    def grad_depends_output_data(self, i, o):
-        return self.kind == kernels.TANH
-
-    def backward_impl(self, inputs, outputs, propagate_down, accum):
-        beta, gamma = _read(inputs[1]).ravel(), _read(inputs[2]).ravel()
-        other = _rows(_read(outputs[0] if self.kind == kernels.TANH else inputs[0]))
-        sums = self.backward(inputs, outputs, other, gamma * self.inverse_std, beta, propagate_down, accum)
-        for i in (1, 2):
-            if propagate_down[i]:
-                _store(inputs[i], accum[i], sums[i - 1])
-
-
-_KINDS = {F.identity: kernels.IDENTITY, F.tanh: kernels.TANH, F.relu: kernels.RELU}
-
-
-def batch_normalization(x, activation, test, name):
+def batch_normalization(
+    x: nn.Variable, activation: Callable[[nn.Variable], nn.Variable], test: bool, name: str
+) -> nn.Variable:
     """Batch normalisation over frames and samples, then the activation.
 
     Args:
@@ -286,51 +122,15 @@ def batch_normalization(x, activation, test, name):
     """
     with nn.parameter_scope(name):
         beta, gamma, mean, var = _bn_parameters(x.shape[2])
-    if utils.fast() and activation in _KINDS:
-        return _BatchNormalization(_KINDS[activation], test)(x, beta, gamma, mean, var)
+    if context.fast() and activation in fast.KINDS:
+        return fast.BatchNormalization(fast.KINDS[activation], test)(x, beta, gamma, mean, var)
     h = F.batch_normalization(x, beta, gamma, mean, var, [2], BN_DECAY, BN_EPS, batch_stat=not test)
     return activation(h)
 
 
-class _Lstm(_Function):
-    """Inputs: x, then per layer a weight, then bias_ih of all layers, then bias_hh of all."""
-
-    def __init__(self, nb_layers, dropout, test):
-        super().__init__()
-        self.nb_layers, self.test = nb_layers, test
-        self.dropout = 0.0 if test or nb_layers == 1 else dropout
-        self.stack = kernels.Lstm()
-
-    def output_shape(self, x, weight, *others):
-        return x[0], x[1], weight[0] * weight[2]
-
-    def _arrays(self, inputs):
-        n = self.nb_layers
-        weights = [_read(v) for v in inputs[1 : 1 + n]]
-        biases = [_read(ih) + _read(hh) for ih, hh in zip(inputs[1 + n : 1 + 2 * n], inputs[1 + 2 * n :])]
-        return _read(inputs[0]), weights, biases
-
-    def forward_impl(self, inputs, outputs):
-        seed = nn.random.prng.randint(2**32, dtype=np.uint32) if self.dropout else 0
-        self.stack.forward(*self._arrays(inputs), self.dropout, seed, _write(outputs[0]), keep=not self.test)
-
-    def grad_depends_output_data(self, i, o):
-        return True
-
-    def backward_impl(self, inputs, outputs, propagate_down, accum):
-        n = self.nb_layers
-        x, weights, biases = self._arrays(inputs)
-        if self.test:  # then forward keeps nothing, because there is seldom a way back: go again
-            self.stack.forward(x, weights, biases, 0.0, 0, np.empty(outputs[0].shape, np.float32), keep=True)
-        targets = [_gradient(v, accum[i]) if propagate_down[i] else None for i, v in enumerate(inputs[: 1 + n])]
-        dy = outputs[0].grad.get_data("r", np.float32)
-        dbiases = self.stack.backward(x, weights, dy, targets[0], targets[1:], accum)
-        for i in range(1 + n, 1 + 3 * n):
-            if propagate_down[i]:
-                _store(inputs[i], accum[i], dbiases[(i - 1) % n])
-
-
-def lstm(x, hidden_size, nb_layers, bidirectional, dropout, test, name):
+def lstm(
+    x: nn.Variable, hidden_size: int, nb_layers: int, bidirectional: bool, dropout: float, test: bool, name: str
+) -> nn.Variable:
     """Stacked LSTM with dropout between its layers (not after the last).
 
     Args:
@@ -352,8 +152,8 @@ def lstm(x, hidden_size, nb_layers, bidirectional, dropout, test, name):
             weights.append(get_parameter_or_create(f"weight_l{layer}", gates + (nb_inputs + hidden_size,), initializer))
             biases_ih.append(get_parameter_or_create(f"bias_ih_l{layer}", gates, initializer))
             biases_hh.append(get_parameter_or_create(f"bias_hh_l{layer}", gates, initializer))
-    if utils.fast():
-        return _Lstm(nb_layers, dropout, test)(x, *weights, *biases_ih, *biases_hh)
+    if context.fast():
+        return fast.Lstm(nb_layers, dropout, test)(x, *weights, *biases_ih, *biases_hh)
     for layer, (weight, bias_ih, bias_hh) in enumerate(zip(weights, biases_ih, biases_hh)):
         if layer > 0 and dropout > 0 and not test:
             x = F.dropout(x, dropout)  # F.lstm has an argument for it, which the CPU ignores
@@ -364,39 +164,11 @@ def lstm(x, hidden_size, nb_layers, bidirectional, dropout, test, name):
     return x
 
 
-class _Affine(_Function):
-    """Inputs: x₁ … xₙ, W; the rows of W are spread over the xᵢ in turn."""
-
-    def output_shape(self, x, *others):
-        return x[0], x[1], others[-1][1]
-
-    @staticmethod
-    def _slices(inputs):
-        bounds = np.cumsum([0] + [x.shape[2] for x in inputs[:-1]])
-        return [slice(*pair) for pair in zip(bounds, bounds[1:])]
-
-    def forward_impl(self, inputs, outputs):
-        weight, y = _read(inputs[-1]), _rows(_write(outputs[0]))
-        for i, part in enumerate(self._slices(inputs)):
-            kernels.matmul(_rows(_read(inputs[i])), weight[part], y, accumulate=i > 0)
-
-    def backward_impl(self, inputs, outputs, propagate_down, accum):
-        weight, dy = _read(inputs[-1]), _rows(outputs[0].grad.get_data("r", np.float32))
-        dw = _gradient(inputs[-1], accum[-1]) if propagate_down[-1] else None
-        tasks = []
-        for i, part in enumerate(self._slices(inputs)):
-            if propagate_down[i]:
-                tasks += kernels.products(dy, weight[part].T, _rows(_gradient(inputs[i], accum[i])), accum[i])
-            if dw is not None:
-                tasks += kernels.products(_rows(_read(inputs[i])).T, dy, dw[part], accum[-1])
-        kernels.run(tasks)
-
-
-def affine(inputs, n_outmaps, name):
+def affine(inputs: Sequence[nn.Variable], n_outmaps: int, name: str) -> nn.Variable:
     """Affine map, without bias, of several inputs side by side.
 
     Args:
-        inputs: variables (T, N, features_i)
+        inputs: each (T, N, features_i)
     Returns:
         (T, N, n_outmaps)
     Parameters:
@@ -405,69 +177,29 @@ def affine(inputs, n_outmaps, name):
     fan_in = sum(x.shape[2] for x in inputs)
     with nn.parameter_scope(name):
         W = get_parameter_or_create("affine/W", (fan_in, n_outmaps), _uniform(fan_in))
-    if utils.fast():
-        return _Affine()(*inputs, W)
+    if context.fast():
+        return fast.Affine()(*inputs, W)
     x = F.concatenate(*inputs, axis=2) if len(inputs) > 1 else inputs[0]
     return F.affine(x, W, base_axis=2)
 
 
-class _Mask(_Normalized):
-    """Inputs: z, beta, gamma, mean, var, scale, bias, mixture.
-
-    scale · (gamma u + beta) + bias is a normalisation of its own, with slope scale · gamma / std and shift
-    scale · beta + bias; its sums S₀ = Σ r, S₁ = Σ r u give all gradients.
-    """
-
-    def __init__(self, test):
-        super().__init__(kernels.MASK, test)
-
-    def output_shape(self, *shapes):
-        return shapes[-1]
-
-    def _parameters(self, inputs):
-        beta, gamma = (_read(v).ravel() for v in inputs[1:3])
-        nb_channels = inputs[7].shape[2]
-        scale, bias = (np.tile(_read(v), nb_channels) for v in inputs[5:7])
-        return beta, gamma, scale, scale * gamma * self.inverse_std, scale * beta + bias
-
-    def forward_impl(self, inputs, outputs):
-        z, mixture, y = _rows(_read(inputs[0])), _rows(_read(inputs[7])), _rows(_write(outputs[0]))
-        self.statistics(z, *inputs[3:5])
-        _, _, _, slope, shift = self._parameters(inputs)
-        kernels.normalize(z, self.center, slope, shift, self.kind, mixture, y)
-
-    def backward_impl(self, inputs, outputs, propagate_down, accum):
-        beta, gamma, scale, slope, shift = self._parameters(inputs)
-        mixture = _rows(_read(inputs[7]))
-        s0, s1 = self.backward(inputs, outputs, mixture, slope, shift, propagate_down, accum)
-        per_bin = (inputs[7].shape[2], inputs[7].shape[3])
-        gradients = {
-            1: scale * s0,
-            2: scale * s1,
-            5: (gamma * s1 + beta * s0).reshape(per_bin).sum(0),
-            6: s0.reshape(per_bin).sum(0),
-            7: np.float32(0),  # like in the reference, none to the mixture from here
-        }
-        for i, gradient in gradients.items():
-            if propagate_down[i]:
-                _store(inputs[i], accum[i], np.broadcast_to(gradient, inputs[i].shape) if i == 7 else gradient)
-
-
-def mask(z, scale, mean, mixture, test, name):
+def mask(
+    z: nn.Variable, scale: nn.Variable, mean: nn.Variable, mixture: nn.Variable, test: bool, name: str
+) -> nn.Variable:
     """The decoder's end: relu(batch normalisation of z · scale + mean) · mixture.
 
     Args:
         z: (T, N, C · F)
-        scale, mean: variables (F,)
+        scale, mean: (F,)
         mixture: (T, N, C, F); like in the reference, no gradient flows to it from here
     Returns:
         (T, N, C, F)
     Parameters:
         bn/beta, bn/gamma, bn/mean, bn/var (1, 1, C · F)
     """
-    if utils.fast():
+    if context.fast():
         with nn.parameter_scope(name):
-            return _Mask(test)(z, *_bn_parameters(z.shape[2]), scale, mean, mixture)
+            return fast.Mask(test)(z, *_bn_parameters(z.shape[2]), scale, mean, mixture)
     h = batch_normalization(z, F.identity, test, name)
     h = F.reshape(h, mixture.shape)
     h = F.relu(h * F.reshape(scale, (1, 1, 1, -1)) + F.reshape(mean, (1, 1, 1, -1)))
@@ -475,22 +207,7 @@ def mask(z, scale, mean, mixture, test, name):
     return h * mixture
 
 
-class _SquaredError(_Function):
-    def output_shape(self, *shapes):
-        return ()
-
-    def forward_impl(self, inputs, outputs):
-        _write(outputs[0])[...] = kernels.squared_error(_read(inputs[0]).ravel(), _read(inputs[1]).ravel())
-
-    def backward_impl(self, inputs, outputs, propagate_down, accum):
-        a, b = (_read(v).ravel() for v in inputs)
-        factor = 2 * float(outputs[0].grad.get_data("r", np.float32)) / len(a)
-        for i, sign in enumerate((1, -1)):
-            if propagate_down[i]:
-                kernels.difference(a, b, sign * factor, _gradient(inputs[i], accum[i]).reshape(-1), accum[i])
-
-
-def squared_error(y_hat, y):
+def squared_error(y_hat: nn.Variable, y: nn.Variable) -> nn.Variable:
     """Mean over everything of (y_hat − y)², shape ().
 
     Raises:
@@ -498,8 +215,8 @@ def squared_error(y_hat, y):
     """
     if y_hat.shape != y.shape:
         raise ValueError(f"estimate of shape {y_hat.shape}, target of shape {y.shape}")
-    if utils.fast():
-        return _SquaredError()(y_hat, y)
+    if context.fast():
+        return fast.SquaredError()(y_hat, y)
     # One axis at a time: nnabla adds float32 one by one, and a running sum over a whole batch of spectrograms
     # loses 1e-4 of its value.
     loss = F.squared_error(y_hat, y)

@@ -1,5 +1,9 @@
 """STFT, Spectrogram and the Open-Unmix network (Stöter et al., Open-Unmix, JOSS 2019)."""
 
+from collections.abc import Sequence
+from typing import Optional
+
+import nnabla as nn
 import nnabla.functions as F
 import numpy as np
 from nnabla.parameter import get_parameter_or_create
@@ -7,7 +11,7 @@ from nnabla.parameter import get_parameter_or_create
 import functions
 
 
-def STFT(x, n_fft=4096, n_hop=1024, center=False):
+def STFT(x: nn.Variable, n_fft: int = 4096, n_hop: int = 1024, center: bool = False) -> tuple:
     """Short-time Fourier transform of audio (nb_samples, nb_channels, nb_timesteps).
 
     Periodic Hann window, no normalisation; `center` pads by reflection.
@@ -18,7 +22,7 @@ def STFT(x, n_fft=4096, n_hop=1024, center=False):
     return functions.stft(x, n_fft, n_hop, center)
 
 
-def Spectrogram(real, imag, power=1, mono=False):
+def Spectrogram(real: nn.Variable, imag: nn.Variable, power: float = 1, mono: bool = False) -> nn.Variable:
     """Magnitude to the given power, averaged over channels if mono.
 
     Returns:
@@ -42,7 +46,7 @@ class OpenUnmix:
         max_bin: bins that the network reads; None: all. It always writes all of them.
         unidirectional: a causal LSTM
         power: of the magnitudes
-        dropout: share of units dropped between LSTM layers in training
+        dropout: probability that a unit is dropped between LSTM layers, in training
     Raises:
         ValueError: arguments, or the shape of an input, that do not fit together.
 
@@ -50,21 +54,23 @@ class OpenUnmix:
     besides input_mean, input_scale (max_bin,) and output_mean, output_scale (nb_bins,).
     """
 
+    domain = "spectrogram"
+
     def __init__(
         self,
-        n_fft=4096,
-        n_hop=1024,
-        input_is_spectrogram=False,
-        hidden_size=512,
-        nb_channels=2,
-        sample_rate=44100,
-        nb_layers=3,
-        input_mean=None,
-        input_scale=None,
-        max_bin=None,
-        unidirectional=False,
-        power=1,
-        dropout=0.4,
+        n_fft: int = 4096,
+        n_hop: int = 1024,
+        input_is_spectrogram: bool = False,
+        hidden_size: int = 512,
+        nb_channels: int = 2,
+        sample_rate: float = 44100,
+        nb_layers: int = 3,
+        input_mean: Optional[np.ndarray] = None,
+        input_scale: Optional[np.ndarray] = None,
+        max_bin: Optional[int] = None,
+        unidirectional: bool = False,
+        power: float = 1,
+        dropout: float = 0.4,
     ):
         self.n_fft, self.n_hop, self.sample_rate = n_fft, n_hop, sample_rate
         self.nb_bins = n_fft // 2 + 1
@@ -89,7 +95,7 @@ class OpenUnmix:
         return to_parameter(values[: self.max_bin]).astype(np.float32)
 
     @property
-    def separator_config(self):
+    def separator_config(self) -> dict:
         """What a separator needs to know besides the weights (the content of separator.json)."""
         return {
             "nfft": self.n_fft,
@@ -98,14 +104,14 @@ class OpenUnmix:
             "nb_channels": self.nb_channels,
         }
 
-    def spectrogram(self, x):
+    def spectrogram(self, x: nn.Variable) -> nn.Variable:
         """Audio (nb_samples, channels, nb_timesteps) to what the network reads and estimates."""
         mono = self.nb_channels == 1
         if x.ndim != 3 or not (mono or x.shape[1] == self.nb_channels):
             raise ValueError(f"audio of shape {x.shape}: expected (nb_samples, {self.nb_channels}, nb_timesteps)")
         return functions.spectrogram(x, self.n_fft, self.n_hop, center=False, power=self.power, mono=mono)
 
-    def __call__(self, x, test=False):
+    def __call__(self, x: nn.Variable, test: bool = False) -> nn.Variable:
         """Estimate the target's spectrogram.
 
         Args:
@@ -115,65 +121,85 @@ class OpenUnmix:
         Returns:
             (nb_frames, nb_samples, nb_channels, nb_bins), non-negative
         """
+        X = self._input(x)
+        return self.decode(self.encode(X, test), X, test)
+
+    def _input(self, x):
         X = x if self.input_is_spectrogram else self.spectrogram(x)
         if X.ndim != 4 or X.shape[2:] != (self.nb_channels, self.nb_bins):
             raise ValueError(
                 f"spectrogram of shape {X.shape}: expected (nb_frames, nb_samples, {self.nb_channels}, {self.nb_bins})"
             )
-        return self.decode(self.encode(X, test), X, test)
+        return X
 
-    def encode(self, X, test=False):
+    def encode(self, X: nn.Variable, test: bool = False) -> nn.Variable:
         """Mixture (nb_frames, nb_samples, nb_channels, nb_bins) to features (nb_frames, nb_samples, hidden_size)."""
         h = self._reduce(X, test)
         return self._combine(h, self._recur(h, test), test)
 
-    def _reduce(self, X, test, suffix=""):
-        """Crop, normalise and reduce the dimension."""
-        mean = get_parameter_or_create("input_mean" + suffix, (self.max_bin,), self.input_mean)
-        scale = get_parameter_or_create("input_scale" + suffix, (self.max_bin,), self.input_scale)
-        h = functions.input_affine(X, self.hidden_size, mean, scale, name="fc1" + suffix)
-        return functions.batch_normalization(h, F.tanh, test, name="fc1" + suffix)
+    def decode(self, h: nn.Variable, X: nn.Variable, test: bool = False, target: Optional[str] = None) -> nn.Variable:
+        """Features of frames to a mask over all bins of the mixture X of the same frames, applied to it.
 
-    def _recur(self, h, test, suffix=""):
+        `target` says whose parameters: that of a joint network; None here.
+        """
+        mean = get_parameter_or_create(_name("output_mean", target), (self.nb_bins,), np.ones(self.nb_bins))
+        scale = get_parameter_or_create(_name("output_scale", target), (self.nb_bins,), np.ones(self.nb_bins))
+        h = functions.affine([h], self.nb_channels * self.nb_bins, name=_name("fc3", target))
+        return functions.mask(h, scale, mean, X, test, name=_name("fc3", target))
+
+    def _reduce(self, X, test, target=None):
+        """Crop, normalise and reduce the dimension."""
+        mean = get_parameter_or_create(_name("input_mean", target), (self.max_bin,), self.input_mean)
+        scale = get_parameter_or_create(_name("input_scale", target), (self.max_bin,), self.input_scale)
+        h = functions.input_affine(X, self.hidden_size, mean, scale, name=_name("fc1", target))
+        return functions.batch_normalization(h, F.tanh, test, name=_name("fc1", target))
+
+    def _recur(self, h, test, target=None):
         size = self.hidden_size if self.unidirectional else self.hidden_size // 2
         bidirectional = not self.unidirectional
-        return functions.lstm(h, size, self.nb_layers, bidirectional, self.dropout, test, name="lstm" + suffix)
+        name = _name("lstm", target)
+        return functions.lstm(h, size, self.nb_layers, bidirectional, self.dropout, test, name=name)
 
-    def _combine(self, h, s, test, suffix=""):
+    def _combine(self, h, s, test, target=None):
         """The LSTM's output beside its input, the skip connection."""
-        h = functions.affine([h, s], self.hidden_size, name="fc2" + suffix)
-        return functions.batch_normalization(h, F.relu, test, name="fc2" + suffix)
+        h = functions.affine([h, s], self.hidden_size, name=_name("fc2", target))
+        return functions.batch_normalization(h, F.relu, test, name=_name("fc2", target))
 
-    def decode(self, h, X, test=False, suffix=""):
-        """Features of frames to a mask over all bins of the mixture X of the same frames, applied to it."""
-        mean = get_parameter_or_create("output_mean" + suffix, (self.nb_bins,), np.ones(self.nb_bins))
-        scale = get_parameter_or_create("output_scale" + suffix, (self.nb_bins,), np.ones(self.nb_bins))
-        h = functions.affine([h], self.nb_channels * self.nb_bins, name="fc3" + suffix)
-        return functions.mask(h, scale, mean, X, test, name="fc3" + suffix)
+
+def _name(name, target):
+    """Of a layer, or of a parameter: a joint network has one per target."""
+    return name if target is None else f"{name}_{target}"
 
 
 class JointOpenUnmix(OpenUnmix):
     """X-UMX (Sawata et al., All for One and One for All, ICASSP 2021): networks of all targets, with bridges.
 
-    Before and after the LSTMs, each network goes on with the average over all of them. Arguments as of
-    OpenUnmix, and `targets`; the first component of a parameter's name carries its target: fc1_bass/affine/W.
+    Before and after the LSTMs, each network goes on with the average over all of them. Any number of targets, any
+    names; the first component of a parameter's name carries its target: fc1_bass/affine/W. Other arguments are
+    those of OpenUnmix.
+
+    Raises:
+        ValueError: no targets, or names that parameters cannot carry.
     """
 
-    def __init__(self, targets, **options):
+    def __init__(self, targets: Sequence[str], **options):
         super().__init__(**options)
         self.targets = tuple(targets)
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"targets {self.targets}: expected different names, at least one")
+        if any(not target or "/" in target for target in self.targets):
+            raise ValueError(f"targets {self.targets}: a name cannot be empty, or hold a /")
 
-    def __call__(self, x, test=False):
-        """Estimates of all targets, a list; x as of OpenUnmix."""
-        X = x if self.input_is_spectrogram else self.spectrogram(x)
-        return [self.decode(h, X, test, f"_{target}") for target, h in zip(self.targets, self.encode(X, test))]
+    def __call__(self, x: nn.Variable, test: bool = False) -> dict:
+        """Estimates of all targets, {target: variable}; x as of OpenUnmix."""
+        X = self._input(x)
+        return {target: self.decode(h, X, test, target) for target, h in self.encode(X, test).items()}
 
-    def encode(self, X, test=False):
-        """Features of all targets, a list."""
-        suffixes = [f"_{target}" for target in self.targets]
-        h = self._average(self._reduce(X, test, suffix) for suffix in suffixes)
-        s = self._average(self._recur(h, test, suffix) for suffix in suffixes)
-        return [self._combine(h, s, test, suffix) for suffix in suffixes]
+    def encode(self, X: nn.Variable, test: bool = False) -> dict:
+        """Features of all targets, {target: variable}."""
+        h = self._average(self._reduce(X, test, target) for target in self.targets)
+        s = self._average(self._recur(h, test, target) for target in self.targets)
+        return {target: self._combine(h, s, test, target) for target in self.targets}
 
     def _average(self, variables):
         return sum(variables) / len(self.targets)

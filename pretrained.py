@@ -1,5 +1,8 @@
 """The published models of openunmix 1.3.0, by name: downloaded once, checked, cached."""
 
+from __future__ import annotations  # unions, on Python 3.9
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +20,8 @@ class Published:
     """Where a model's weights lie; a file's name carries the first 8 hex digits of its SHA-256."""
 
     url: str
-    files: dict  # target -> file
-    config: dict  # as in separator.json
+    files: dict[str, str]  # target -> file
+    config: dict[str, int]  # as in separator.json
     note: str = ""
 
 
@@ -68,7 +71,9 @@ def _is_published(path, name):
     return pooch.file_hash(path, alg="sha256").startswith(Path(name).stem[-8:])
 
 
-def fetch(name, targets=None, model_dir=None, quiet=True):
+def fetch(
+    name: str, targets: Sequence[str] | None = None, model_dir: str | Path | None = None, quiet: bool = True
+) -> dict[str, Path]:
     """Files of a published model: {target: path}, downloaded if they are not there yet.
 
     Args:

@@ -1,10 +1,11 @@
 """The optimizer of the recipe: Adam with L2 weight decay, as torch.optim.Adam computes it."""
 
+import nnabla as nn
 import nnabla.solvers as S
 import numpy as np
 
-import kernels
-import utils
+import context
+import kernels.training
 
 
 class _Adam:
@@ -16,18 +17,18 @@ class _Adam:
         self.parameters = dict(parameters)
         self.step = 0
 
-    def update(self):
+    def update(self) -> None:
         """One step along the gradients that the parameters hold."""
         self.step += 1
         self._update()
 
-    def get_state(self):
+    def get_state(self) -> dict[str, np.ndarray]:
         """Dict of arrays that `set_state` continues from: step, and <name>/mean, <name>/var (copies)."""
         state = {"step": np.array(self.step)}
         state.update({name: moment.copy() for name, moment in self.moments().items()})
         return state
 
-    def set_state(self, state):
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
         self.step = int(state["step"])
         for name, moment in self.moments().items():
             moment[...] = state[name]
@@ -49,11 +50,11 @@ class _PlainAdam(_Adam):
         solver.set_parameters(self.parameters)
         return solver
 
-    def moments(self):
+    def moments(self) -> dict[str, np.ndarray]:
         states = self.solver.get_states().items()
         return {f"{name}/{moment}": state.pstate[moment].d for name, state in states for moment in ("mean", "var")}
 
-    def zero_grad(self):
+    def zero_grad(self) -> None:
         self.solver.zero_grad()
 
     def _update(self):
@@ -75,10 +76,10 @@ class _FastAdam(_Adam):
         names = [f"{name}/{moment}" for name in self.parameters for moment in ("mean", "var")]
         self._moments = {name: np.zeros(self.parameters[name.rpartition("/")[0]].shape, np.float32) for name in names}
 
-    def moments(self):
+    def moments(self) -> dict[str, np.ndarray]:
         return self._moments
 
-    def zero_grad(self):
+    def zero_grad(self) -> None:
         for variable in self.parameters.values():
             variable.grad.zero()
 
@@ -92,10 +93,10 @@ class _FastAdam(_Adam):
             )
             for name, variable in self.parameters.items()
         ]
-        kernels.adam(arrays, self.step, self.lr, self.beta1, self.beta2, self.eps, self.weight_decay)
+        kernels.training.adam(arrays, self.step, self.lr, self.beta1, self.beta2, self.eps, self.weight_decay)
 
 
-def Adam(parameters, lr=1e-3, weight_decay=0.0):
+def Adam(parameters: dict[str, nn.Variable], lr: float = 1e-3, weight_decay: float = 0.0) -> _Adam:
     """Adam (Kingma & Ba 2015) with eps added after the bias correction, as in torch; β 0.9 and 0.999, eps 1e-8.
 
     Args:
@@ -103,4 +104,4 @@ def Adam(parameters, lr=1e-3, weight_decay=0.0):
         lr: learning rate; the attribute `lr` may be changed between updates
         weight_decay: times the parameter is added to its gradient
     """
-    return (_FastAdam if utils.fast() else _PlainAdam)(parameters, lr, weight_decay)
+    return (_FastAdam if context.fast() else _PlainAdam)(parameters, lr, weight_decay)

@@ -1,7 +1,10 @@
-"""Small helpers that know nothing of models: errors, files, meters, schedules, contexts."""
+"""Small helpers that know nothing of models: errors, files, meters, schedules."""
+
+from __future__ import annotations  # unions, on Python 3.9
 
 import contextlib
 import functools
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -10,7 +13,9 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +26,7 @@ class UsageError(ValueError):
     """The user asked for something that cannot be done; the message is one line that says what to do."""
 
 
-def command(main):
+def command(main: Callable) -> Callable:
     """Decorate a script's ``main(argv=None)``: errors become one line on stderr and an exit status.
 
     Exit status 2: bad input (`UsageError`). 1: a failure while working (`OSError`, a full disk say).
@@ -69,11 +74,21 @@ def _on_interrupt(handler):
         signal.signal(signal.SIGINT, before)
 
 
+def some(items: list) -> str:
+    """The first of many, for a message of one line."""
+    return ", ".join(items[:8]) + (f" … ({len(items)} in all)" if len(items) > 8 else "")
+
+
 # ---------------------------------------------------------------------------------------- files
 
 
+def is_file_name(name: str) -> bool:
+    """Whether it names a file of the folder where it is used, and no other place."""
+    return bool(name) and name == Path(name).name and name != ".." and "\0" not in name
+
+
 @contextlib.contextmanager
-def atomic_path(path):
+def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, delete it on failure.
 
     A reader, or a machine that lost power, so sees the old file or the new one, never half of one.
@@ -89,12 +104,12 @@ def atomic_path(path):
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path, value):
+def write_json(path: str | Path, value: Any) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=4, sort_keys=True) + "\n")
 
 
-def read_json(path):
+def read_json(path: str | Path) -> Any:
     """The content of a JSON file; `UsageError` if it is missing or not JSON."""
     try:
         return json.loads(Path(path).read_text())
@@ -102,7 +117,7 @@ def read_json(path):
         raise UsageError(f"cannot read {path}: {error}") from None
 
 
-def writable_folder(path):
+def writable_folder(path: str | Path) -> Path:
     """Create a folder, and make sure now that files can be written to it, not after hours of work."""
     path = Path(path).expanduser()
     try:
@@ -115,7 +130,7 @@ def writable_folder(path):
     return path
 
 
-def run_metadata():
+def run_metadata() -> dict:
     """What a result was made with: versions, the machine, the commit of this repository."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -129,10 +144,37 @@ def run_metadata():
     return {"versions": versions, "commit": commit, "machine": platform.platform()}
 
 
+# ----------------------------------------------------------------------------------- randomness
+
+# All that a training draws at random, and what each draw may depend on.
+STREAMS = {
+    "initial weights": ("seed",),
+    "dropout": ("seed", "epoch"),
+    "order": ("seed", "epoch"),
+    "draw": ("seed", "epoch", "index", "source"),
+    "augmentation": ("seed", "epoch", "index", "source", "name"),
+}
+
+
+def random_stream(purpose: str, **key: int | str) -> np.random.Generator:
+    """The random numbers of one purpose: a stream of its own for each key, the same whenever it is asked for.
+
+    Args:
+        purpose: a key of STREAMS
+        key: numbers or names for all that STREAMS lists there
+    """
+    parts = [purpose, *(f"{name}={key.pop(name)}" for name in STREAMS[purpose])]
+    if key:
+        raise TypeError(f"random numbers for {purpose!r} do not depend on {', '.join(key)}")
+    # a hash keeps apart what differs in any part; of numbers added up or padded, some pairs would be the same
+    digest = hashlib.sha256("/".join(parts).encode()).digest()
+    return np.random.default_rng(np.frombuffer(digest, "<u4"))
+
+
 # ------------------------------------------------------------------------------------- training
 
 
-def bandwidth_to_max_bin(sample_rate, n_fft, bandwidth):
+def bandwidth_to_max_bin(sample_rate: float, n_fft: int, bandwidth: float) -> int:
     """Number of STFT bins at or below `bandwidth` Hz."""
     frequencies = np.linspace(0, sample_rate / 2, n_fft // 2 + 1)
     return int(np.searchsorted(frequencies, bandwidth, side="right"))
@@ -145,12 +187,12 @@ class AverageMeter:
         self.sum = 0.0
         self.count = 0
 
-    def update(self, value):
+    def update(self, value: float) -> None:
         self.sum += value
         self.count += 1
 
     @property
-    def average(self):
+    def average(self) -> float:
         return self.sum / self.count
 
 
@@ -160,11 +202,11 @@ class EarlyStopping:
     `state` (a dict of numbers) is all that resuming needs.
     """
 
-    def __init__(self, patience):
+    def __init__(self, patience: int):
         self.patience = patience
         self.state = {"best": float("inf"), "num_bad_epochs": 0}
 
-    def step(self, loss):
+    def step(self, loss: float) -> bool:
         """Take an epoch's loss; returns whether it is the best so far."""
         improved = loss < self.state["best"]
         if improved:
@@ -173,7 +215,7 @@ class EarlyStopping:
         return improved
 
     @property
-    def stop(self):
+    def stop(self) -> bool:
         return 0 < self.patience <= self.state["num_bad_epochs"]
 
 
@@ -184,12 +226,12 @@ class ReduceLROnPlateau:
     of the `cooldown` after a reduction do not count as bad. `state` is all that resuming needs.
     """
 
-    def __init__(self, lr, factor, patience, cooldown=10, threshold=1e-4):
+    def __init__(self, lr: float, factor: float, patience: int, cooldown: int = 10, threshold: float = 1e-4):
         self.factor, self.patience = factor, patience
         self.cooldown, self.threshold = cooldown, threshold
         self.state = {"lr": lr, "best": float("inf"), "num_bad_epochs": 0, "cooldown": 0}
 
-    def step(self, loss):
+    def step(self, loss: float) -> float:
         """Take an epoch's loss; returns the learning rate of the next epoch."""
         state = self.state
         if loss < state["best"] * (1 - self.threshold):
@@ -205,54 +247,3 @@ class ReduceLROnPlateau:
                 state["lr"] = lr
             state["cooldown"], state["num_bad_epochs"] = self.cooldown, 0
         return state["lr"]
-
-
-# -------------------------------------------------------------------------------------- context
-
-
-def extension_context(name=None, device_id="0"):
-    """The NNabla context `name`: "cpu", "cudnn", or None for cudnn where it works and else cpu.
-
-    Raises `UsageError` if cudnn is asked for and its extension or a GPU is missing.
-    """
-    import nnabla as nn
-    from nnabla.ext_utils import get_extension_context
-
-    if name != "cpu":
-        # NNabla reports a missing extension on the log as well; our line is enough.
-        nn.logger.disabled, disabled = True, nn.logger.disabled
-        try:
-            import nnabla_ext.cuda
-
-            devices = nnabla_ext.cuda.get_device_count()
-            if not 0 <= int(device_id) < devices:
-                raise UsageError(f"--device-id {device_id}: this machine has {devices} CUDA device(s)")
-            return get_extension_context("cudnn", device_id=str(device_id))
-        except UsageError:
-            raise
-        except Exception as error:  # whatever a missing driver or library makes the extension raise
-            if name == "cudnn":
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise UsageError(
-                    f"--context cudnn does not work here ({reason}): it needs nnabla-ext-cuda120 "
-                    "and an NVIDIA GPU, see README.md; or use --context cpu"
-                ) from None
-        finally:
-            nn.logger.disabled = disabled
-    return get_extension_context("cpu")
-
-
-_plain = False
-
-
-def set_plain(plain):
-    """Use NNabla's native functions everywhere, also where there are faster ones of our own."""
-    global _plain
-    _plain = plain
-
-
-def fast():
-    """The one place that chooses the form of graph functions and solver: fast on the CPU, plain elsewhere."""
-    import nnabla as nn
-
-    return not _plain and nn.get_current_context().backend[0].startswith("cpu")

@@ -1,61 +1,81 @@
-"""Weights of Open-Unmix in three dialects: ours (.h5), Sony's NNabla files (.h5) and torch's (.pth).
+"""Weights in three dialects: ours (.h5), Sony's NNabla files (.h5) and torch's (.pth, see torch_files.py).
 
-Everything outside this module sees one dict, name -> float32 array, with the names of `model.OpenUnmix`
-(listed once, in `_shapes`). A joint model (X-UMX) has all of them once per target, with `_bass`,
-`_drums`, `_vocals` or `_other` after the first component: `fc1_bass/affine/W`, `input_mean_bass`.
+Everything outside this module sees one dict, name -> float32 array, with the names that the network gives them. Those
+of `model.OpenUnmix` have counterparts in openunmix and in Sony's files. A joint model (X-UMX) has all of them once per
+target, with `_<target>` after the first component: `fc1_bass/affine/W`, `input_mean_bass`.
 
-torch is not needed, and reading a file never runs what the file says: `_Unpickler` knows tensors only.
+Our .h5 carry a description of their network too, see trained.py.
 """
 
-import functools
+from __future__ import annotations  # unions, on Python 3.9
+
+import collections
 import io
-import math
+import json
+import logging
 import os
-import pickle
 import re
 import shutil
-import zipfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+
+if __name__ == "__main__":
+    logging.getLogger("nnabla").setLevel(logging.WARNING)  # else its import is announced
 
 import h5py
 import nnabla as nn
 import numpy as np
 
 import args
+import folders
+import torch_files
 import utils
+from model import OpenUnmix
 
 # ----------------------------------------------------------------------------- names and shapes
 
 
-def _shapes(nb_channels, hidden_size, nb_layers, nb_bins, max_bin, unidirectional):
-    """Name -> shape of every parameter of one OpenUnmix."""
-    shapes = {"input_mean": (max_bin,), "input_scale": (max_bin,)}
-    shapes.update({"output_mean": (nb_bins,), "output_scale": (nb_bins,)})
-    layers = {
-        "fc1": (nb_channels * max_bin, hidden_size),
-        "fc2": (2 * hidden_size, hidden_size),  # the LSTM's input beside its output
-        "fc3": (hidden_size, nb_channels * nb_bins),
-    }
-    for name, shape in layers.items():
-        shapes[f"{name}/affine/W"] = shape
-        shapes.update({f"{name}/bn/{ours}": (1, 1, shape[1]) for ours in _BN})
-    directions = 1 if unidirectional else 2
-    gates = (directions, 4, hidden_size // directions)
-    for k in range(nb_layers):
-        shapes[f"lstm/weight_l{k}"] = gates + (hidden_size + gates[2],)  # input and state side by side
-        shapes[f"lstm/bias_ih_l{k}"] = shapes[f"lstm/bias_hh_l{k}"] = gates
-    return shapes
+def asked(graph: Callable) -> dict:
+    """The parameters that a network asks for when `graph()` builds it: name -> variable without a value.
+
+    For this NNabla has only a function that makes their values too. Drawing those of a large network takes longer than
+    reading its file, and for sizes that come from a damaged file there would not be the memory.
+    """
+    create, thread = nn.parameter._create_parameter_by_initializer, threading.get_ident()
+
+    def create_without_value(initializer, shape, need_grad):
+        if threading.get_ident() != thread:
+            return create(initializer, shape, need_grad)
+        return nn.Variable(initializer.shape if shape is None else shape, need_grad=need_grad)
+
+    nn.parameter._create_parameter_by_initializer = create_without_value
+    try:
+        with nn.parameter_scope("", collections.OrderedDict()), nn.auto_forward(False):
+            graph()
+            return nn.get_parameters(grad_only=False)
+    finally:
+        nn.parameter._create_parameter_by_initializer = create
 
 
-_BN = {"beta": "bias", "gamma": "weight", "mean": "running_mean", "var": "running_var"}  # ours: torch's
-_COUNTERS = tuple(f"bn{i}.num_batches_tracked" for i in (1, 2, 3))
-# What openunmix' own strict=False passes over: the filter bank that models of 2019 kept in their state.
-_IGNORED = _COUNTERS + ("sample_rate", "stft.window", "transform.0.window")
+def compare(params: dict, graph: Callable) -> dict:
+    """Compare parameters with those that a network asks for when `graph()` builds it.
+
+    Args:
+        params: name -> array
+    Returns:
+        {name: whether it is learnt}
+    Raises:
+        ValueError: names or shapes differ; it says which.
+    """
+    variables = asked(graph)
+    _compare(params, {name: variable.shape for name, variable in variables.items()})
+    return {name: variable.need_grad for name, variable in variables.items()}
 
 
-def _compare(found, expected):
-    """ValueError unless two dicts name -> shape agree, saying where they do not."""
+def _compare(params, expected):
+    """ValueError unless arrays by name have the shapes by name, saying where they do not."""
+    found = {name: np.shape(value) for name, value in params.items()}
     problems = [f"unknown {name}" for name in found if name not in expected]
     problems += [f"missing {name}" for name in expected if name not in found]
     problems = problems or [
@@ -64,69 +84,81 @@ def _compare(found, expected):
         if tuple(found[name]) != tuple(shape)
     ]
     if problems:
-        more = f" … ({len(problems)} in all)" if len(problems) > 8 else ""
-        raise ValueError("these weights do not fit: " + ", ".join(problems[:8]) + more)
+        raise ValueError(f"these weights do not fit: {utils.some(problems)}")
 
 
-def by_target(params):
-    """Split a joint model's parameters: {target: parameters with plain names}; {"": params} if not joint."""
-    suffixed = re.compile(rf"([^/]+)_({'|'.join(args.TARGETS)})(/.*)?")
-    matches = {name: suffixed.fullmatch(name) for name in params}
-    if not any(matches.values()):
+_JOINT = re.compile("(input_mean|input_scale|output_mean|output_scale|fc1|fc2|fc3|lstm)_([^/]+)(/.*)?")
+
+
+def by_target(params: dict) -> dict:
+    """Split a joint model's parameters: {target: parameters with plain names}; {"": params} if it is not joint."""
+    matches = {name: _JOINT.fullmatch(name) for name in params}
+    models = {match[2]: {} for match in matches.values() if match}
+    if not models:
         return {"": params}
-    models = {target: {} for target in args.TARGETS}
-    for name, match in matches.items():
-        target = match[2] if match else args.TARGETS[0]  # a name that belongs to no target is found unknown there
-        models[target][match[1] + (match[3] or "") if match else name] = params[name]
+    for name, match in matches.items():  # a name that belongs to no target is found unknown in the first
+        model = models[match[2]] if match else next(iter(models.values()))
+        model[match[1] + (match[3] or "") if match else name] = params[name]
     return models
 
 
-def describe(params):
+def describe(params: dict, path: Path | None = None) -> dict:
     """What rebuilds the model: nb_channels, hidden_size, nb_layers, nb_bins, max_bin, unidirectional.
 
     Args:
-        params: name -> array, of one model or of a joint one (whose targets all have the same sizes)
+        params: name -> array, of one OpenUnmix or of a joint one (whose targets all have the same sizes)
+        path: of the file, for messages
     Raises:
         ValueError: the names or shapes are not those of any such model.
     """
     found = {}
-    for target, model in by_target(params).items():
+    for target, one in by_target(params).items():
         try:
-            found[target] = _describe_one({name: np.shape(value) for name, value in model.items()})
+            sizes = _sizes(one)
+            compare(one, lambda: _open_unmix(**sizes))  # noqa: B023, called at once
         except ValueError as error:
-            raise ValueError(f"{target}: {error}" if target else str(error)) from None
-    sizes = next(iter(found.values()))
+            raise ValueError(": ".join(map(str, filter(None, (path, target, error))))) from None
+        found[target] = sizes
     if any(other != sizes for other in found.values()):
         raise ValueError(f"the targets of this joint model differ in size: {found}")
     return sizes
 
 
-def _describe_one(shapes):
-    nb_layers = max(1, sum(name.startswith("lstm/weight_l") for name in shapes))
-    _compare(dict.fromkeys(shapes, ()), dict.fromkeys(_shapes(1, 2, nb_layers, 1, 1, False), ()))  # names only
+def _open_unmix(nb_bins, **options):
+    """The graph of an OpenUnmix for a single frame."""
+    net = OpenUnmix(n_fft=2 * (nb_bins - 1), input_is_spectrogram=True, **options)
+    return net(nn.Variable((1, 1, net.nb_channels, nb_bins)), test=True)
+
+
+def _sizes(params):
+    """What the shapes of an OpenUnmix say of it; `compare` then finds those that say something else."""
+    nb_layers = max(1, sum(name.startswith("lstm/weight_l") for name in params))
+    smallest = {"hidden_size": 2, "nb_channels": 1, "max_bin": 1, "nb_layers": nb_layers}
+    expected = asked(lambda: _open_unmix(nb_bins=2, **smallest))
+    _compare(dict.fromkeys(params, 0), dict.fromkeys(expected, ()))  # names, before shapes are looked at
+    shapes = {name: np.shape(value) for name, value in params.items()}
     ndims = {"input_mean": 1, "output_mean": 1, "fc1/affine/W": 2, "fc3/affine/W": 2, "lstm/weight_l0": 4}
     for name, ndim in ndims.items():
         if len(shapes[name]) != ndim or 0 in shapes[name]:
             raise ValueError(f"{name} has shape {shapes[name]}, expected {ndim} dimensions")
-    hidden_size, nb_bins = shapes["fc1/affine/W"][1], shapes["output_mean"][0]
+    nb_bins = shapes["output_mean"][0]
     sizes = {
         "nb_channels": shapes["fc3/affine/W"][1] // nb_bins,
-        "hidden_size": hidden_size,
+        "hidden_size": shapes["fc1/affine/W"][1],
         "nb_layers": nb_layers,
         "nb_bins": nb_bins,
         "max_bin": shapes["input_mean"][0],
         "unidirectional": shapes["lstm/weight_l0"][0] == 1,
     }
-    if hidden_size % 2 and not sizes["unidirectional"]:
-        raise ValueError(f"hidden size {hidden_size} is odd: a bidirectional LSTM has half of it per direction")
-    _compare(shapes, _shapes(**sizes))
+    if not sizes["nb_channels"] or nb_bins < 2:
+        raise ValueError(f"fc3/affine/W has shape {shapes['fc3/affine/W']}, for {nb_bins} bins")
     return sizes
 
 
 # ------------------------------------------------------------------------------- parameter scope
 
 
-def set_parameters(params):
+def set_parameters(params: dict) -> None:
     """Copy values into the current ``nn.parameter_scope``, or create them there if it is empty.
 
     Args:
@@ -135,23 +167,34 @@ def set_parameters(params):
         ValueError: names or shapes are not those in the scope (an empty one takes any OpenUnmix or joint
             model), or values are not finite. The scope is then unchanged.
     """
-    values = {name: np.asarray(value, np.float32) for name, value in params.items()}
     existing = nn.get_parameters(grad_only=False)
     if existing:
-        _compare({name: value.shape for name, value in values.items()}, {n: v.shape for n, v in existing.items()})
+        _compare(params, {name: variable.shape for name, variable in existing.items()})
     else:
-        describe(values)
-    if broken := [name for name, value in values.items() if not np.isfinite(value).all()]:
-        raise ValueError(f"these weights are not finite: {', '.join(broken[:8])}")
-    for name, value in values.items():
+        describe(params)
+    fill(params, {name: _need_grad(name) for name in params})
+
+
+def fill(params: dict, need_grad: dict) -> None:
+    """Copy values into the current ``nn.parameter_scope``, whatever they are: `compare` comes first.
+
+    Args:
+        need_grad: {name: whether it is learnt}, for those that are not there yet
+    Raises:
+        ValueError: values are not finite.
+    """
+    if broken := [name for name, value in params.items() if not np.isfinite(value).all()]:
+        raise ValueError(f"these weights are not finite: {utils.some(broken)}")
+    existing = nn.get_parameters(grad_only=False)
+    for name, value in params.items():
         variable = existing.get(name)
         if variable is None:
-            variable = nn.Variable(value.shape, need_grad=_need_grad(name))
+            variable = nn.Variable(np.shape(value), need_grad=need_grad[name])
             nn.parameter.set_parameter(name, variable)
         variable.data.cast(np.float32)[...] = value
 
 
-def get_parameters():
+def get_parameters() -> dict:
     """Copies of everything in the current ``nn.parameter_scope``, name -> float32 array."""
     variables = nn.get_parameters(grad_only=False)
     return {name: np.array(variable.data.get_data("r"), np.float32) for name, variable in variables.items()}
@@ -161,66 +204,27 @@ def _need_grad(name):
     return not name.endswith(("/bn/mean", "/bn/var"))
 
 
-# --------------------------------------------------------------------------------- torch's names
+# --------------------------------------------------------------------------------------- dialects
 
 
-def to_torch(params):
+def to_torch(params: dict) -> dict:
     """Our parameters in the names and shapes of openunmix 1.3.0's state_dict.
 
     Batch counters, which we do not keep, are 0. Raises ValueError for anything but one OpenUnmix.
     """
     if "" not in by_target(params):
         raise ValueError("a joint model has no counterpart in openunmix")
-    sizes = describe(params)
-    state = {name: params[name] for name in ("input_mean", "input_scale", "output_mean", "output_scale")}
-    for i in (1, 2, 3):
-        state[f"fc{i}.weight"] = params[f"fc{i}/affine/W"].T
-        state.update({f"bn{i}.{theirs}": params[f"fc{i}/bn/{ours}"].reshape(-1) for ours, theirs in _BN.items()})
-        state[f"bn{i}.num_batches_tracked"] = np.int64(0)
-    for k in range(sizes["nb_layers"]):
-        directions, _, hidden, _ = params[f"lstm/weight_l{k}"].shape
-        for d, reverse in enumerate(("", "_reverse")[:directions]):
-            weight = params[f"lstm/weight_l{k}"][d].reshape(4 * hidden, -1)
-            state[f"lstm.weight_ih_l{k}{reverse}"] = weight[:, :-hidden]
-            state[f"lstm.weight_hh_l{k}{reverse}"] = weight[:, -hidden:]
-            for bias in ("bias_ih", "bias_hh"):
-                state[f"lstm.{bias}_l{k}{reverse}"] = params[f"lstm/{bias}_l{k}"][d].reshape(-1)
-    return {name: np.array(value, order="C") for name, value in state.items()}
+    return torch_files.to_state(params, describe(params)["nb_layers"])
 
 
-def from_torch(state):
+def from_torch(state: dict) -> dict:
     """Our parameters from an openunmix state_dict (name -> array); the inverse of `to_torch`.
 
     Raises ValueError if names or shapes are not those of an OpenUnmix; buffers of older versions are dropped.
     """
-    state = {name: np.asarray(value) for name, value in state.items() if name not in _IGNORED}
-    nb_layers = max(1, sum(bool(re.fullmatch(r"lstm\.weight_ih_l\d+", name)) for name in state))
-    reverses = ("", "_reverse") if "lstm.weight_ih_l0_reverse" in state else ("",)
-    smallest = {name: np.empty(shape) for name, shape in _shapes(1, 2, nb_layers, 1, 1, len(reverses) == 1).items()}
-    names = to_torch(smallest).keys() - set(_COUNTERS)
-    _compare(dict.fromkeys(state, ()), dict.fromkeys(sorted(names), ()))
-
-    params = {name: state[name] for name in ("input_mean", "input_scale", "output_mean", "output_scale")}
-    for i in (1, 2, 3):
-        params[f"fc{i}/affine/W"] = state[f"fc{i}.weight"].T
-        params.update({f"fc{i}/bn/{ours}": state[f"bn{i}.{theirs}"][None, None] for ours, theirs in _BN.items()})
-    for k in range(nb_layers):
-        parts = {p: [state[f"lstm.{p}_l{k}{r}"] for r in reverses] for p in _LSTM}
-        try:
-            weight = np.stack([np.concatenate(pair, axis=1) for pair in zip(parts["weight_ih"], parts["weight_hh"])])
-            params[f"lstm/weight_l{k}"] = weight.reshape(len(weight), 4, weight.shape[1] // 4, -1)
-            for bias in ("bias_ih", "bias_hh"):
-                value = np.stack(parts[bias])
-                params[f"lstm/{bias}_l{k}"] = value.reshape(len(value), 4, -1)
-        except ValueError:
-            shapes = ", ".join(f"{part} {[value.shape for value in values]}" for part, values in parts.items())
-            raise ValueError(f"the LSTM's layer {k} does not fit together: {shapes}") from None
-    params = {name: np.array(value, np.float32, order="C") for name, value in params.items()}
+    params = torch_files.from_state(state)
     describe(params)
     return params
-
-
-_LSTM = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 def _from_sony(params):
@@ -244,7 +248,7 @@ def _from_sony(params):
 # --------------------------------------------------------------------------------------- reading
 
 
-def load(path):
+def load(path: str | Path) -> dict:
     """Read weights: our .h5, Sony's .h5, or a .pth or .chkpnt of openunmix (zip and legacy format).
 
     The content decides, not the extension. Nothing in the file is executed.
@@ -255,12 +259,18 @@ def load(path):
         ValueError: not such a file, or damaged, or it asks for more than tensors; one line with the path.
         OSError: it cannot be opened.
     """
+    return read(path)[0]
+
+
+def read(path: str | Path) -> tuple:
+    """What `load` returns, and the description of the network that the file carries, None if it does not."""
     data = Path(path).read_bytes()
     try:
         if data.startswith(b"\x89HDF\r\n\x1a\n"):
-            return _from_sony(_read_h5(data))
+            params, description = _read_h5(data)
+            return _from_sony(params), description
         if data.startswith((b"PK\x03\x04", b"\x80")):
-            return from_torch(_read_torch(data))
+            return from_torch(torch_files.read(data)), None
         raise ValueError("neither NNabla's .h5 nor torch's .pth")
     except Exception as error:  # garbage makes zipfile, h5py and pickle raise nearly anything
         reason = str(error) if type(error) is ValueError else f"damaged file: {error!r}"
@@ -284,236 +294,71 @@ def _read_h5(data):
     room = len(data)
     with h5py.File(io.BytesIO(data), "r") as file:
         file.visititems(visit)
+        description = _description(file.attrs) if _NETWORK in file.attrs else None
     if not found:
         raise ValueError("no parameters in it")
-    return {name: value for _, name, value in sorted(found, key=lambda entry: entry[:2])}
+    return {name: value for _, name, value in sorted(found, key=lambda entry: entry[:2])}, description
 
 
-class _Storage(NamedTuple):
-    dtype: str
-    key: str
-    numel: int
+_NETWORK = "network"  # the attribute of the file that describes it
+_DESCRIPTION = {"class": str, "options": dict, "targets": list, "nb_channels": int, "n_fft": int, "n_hop": int}
 
 
-class _Tensor(NamedTuple):
-    storage: _Storage
-    offset: int
-    size: tuple
-    stride: tuple
-
-    def array(self, data, byteorder):
-        """The tensor's values in a float32 array; `data` are the bytes of its storage."""
-        dtype = np.dtype("u2" if self.storage.dtype == "bfloat16" else self.storage.dtype).newbyteorder(byteorder)
-        nbytes = self.storage.numel * dtype.itemsize
-        if not 0 <= nbytes <= len(data):
-            raise ValueError(f"a storage of {nbytes} bytes has only {len(data)}")
-        strides = [dtype.itemsize * stride for stride in self.stride]
-        try:  # numpy refuses a view that leaves its buffer
-            view = np.ndarray(self.size, dtype, memoryview(data)[:nbytes], dtype.itemsize * self.offset, strides)
-        except (ValueError, OverflowError):
-            raise ValueError(f"a tensor of shape {self.size} that does not lie within its storage") from None
-        if self.storage.dtype == "bfloat16":  # the upper half of a float32
-            return (view.astype(np.uint32) << 16).view(np.float32)
-        with np.errstate(over="ignore"):
-            return view.astype(np.float32, copy=False)
-
-
-def _rebuild_tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None):
-    tensor = _Tensor(storage, offset, tuple(size), tuple(stride))
-    numbers = (offset, *tensor.size, *tensor.stride)  # lists, multiplied, would fill the memory
-    if not isinstance(storage, _Storage) or metadata or len(numbers) > 17 or any(type(n) is not int for n in numbers):
-        raise ValueError("a tensor of an unknown kind")
-    return tensor
-
-
-_DTYPES = {"Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64"}
-_DTYPES.update({"Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool"})
-_GLOBALS = {
-    ("collections", "OrderedDict"): lambda: {},
-    ("torch", "Size"): tuple,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): lambda tensor, requires_grad=True, hooks=None: tensor,
-    **{(module, f"{name}Storage"): dtype for name, dtype in _DTYPES.items() for module in ("torch", "torch.cuda")},
-    **{("torch", dtype): dtype for dtype in _DTYPES.values()},
-}
-
-
-_OPCODES = """
-    PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE
-    EMPTY_DICT EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
-    BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BINPERSID
-"""
-
-
-class _Opcodes(dict):
-    def __missing__(self, code):
-        raise ValueError(f"pickle operation {code:#04x} is refused: only tensors are read")
-
-
-class _Unpickler(pickle._Unpickler):
-    """Reads pickles of dicts of tensors: a few opcodes, and the few globals in `_GLOBALS`.
-
-    Python's own unpickler in Python rather than in C, since the latter allocates whatever a file claims.
-    """
-
-    dispatch = _Opcodes(
-        (getattr(pickle, name)[0], pickle._Unpickler.dispatch[getattr(pickle, name)[0]]) for name in _OPCODES.split()
-    )
-
-    def __init__(self, stream):
-        super().__init__(stream)
-        self.storages = {}
-
-    def find_class(self, module, name):
-        if (module, name) not in _GLOBALS:
-            raise ValueError(f"it refers to {module}.{name}, which is refused: only tensors are read")
-        return _GLOBALS[module, name]
-
-    def persistent_load(self, saved):
-        storage = _Storage(*saved[1:3], saved[4])
-        view = saved[5] if len(saved) > 5 else None  # of the time before torch 1.0
-        if saved[0] != "storage" or view or [type(field) for field in storage] != [str, str, int]:
-            raise ValueError("a storage of an unknown kind")
-        if storage.dtype not in _DTYPES.values():  # a string of the file's own, such as numpy's "O": pointers
-            raise ValueError(f"a storage of unknown type {storage.dtype}")
-        return self.storages.setdefault(storage.key, storage)
-
-    def set_items(self, pairs):
-        # plain keys only: the hash of a deeply nested tuple overflows the C stack
-        if type(self.stack[-1]) is not dict or any(type(key) not in (str, int) for key in pairs[::2]):
-            raise ValueError("a dict of an unknown kind")
-        self.stack[-1].update(zip(pairs[::2], pairs[1::2]))
-
-    def load_setitem(self):
-        value, key = self.stack.pop(), self.stack.pop()
-        self.set_items([key, value])
-
-    def load_setitems(self):
-        self.set_items(self.pop_mark())
-
-    def load_build(self):
-        self.stack.pop()  # attributes of an OrderedDict (its _metadata): nothing we need
-
-    dispatch.update({pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems, pickle.BUILD[0]: load_build})
-
-
-def _read_torch(data):
-    """The state_dict in what torch.save wrote: name -> float32 array."""
-    saved, read, byteorder = _open_zip(data) if data.startswith(b"PK") else _open_legacy(data)
-    if isinstance(saved, dict):
-        saved = saved.get("state_dict", saved)  # a training checkpoint has it beside the optimizer's
-    if not isinstance(saved, dict):
-        raise ValueError("not a state_dict")
-    saved = {str(name): tensor for name, tensor in saved.items() if name not in _IGNORED}
-    for name, tensor in saved.items():
-        if not isinstance(tensor, _Tensor):
-            raise ValueError(f"{name} is not a tensor")
-    # strides of 0 let a few bytes claim any size; what a real model holds fits into its file
-    if sum(math.prod(tensor.size) for tensor in saved.values()) > max(len(data), 2**26):
-        raise ValueError("its tensors claim more than the file holds")
-    return {name: tensor.array(read(tensor.storage.key), byteorder) for name, tensor in saved.items()}
-
-
-def _open_zip(data):
-    archive = zipfile.ZipFile(io.BytesIO(data))
-    records = archive.infolist()
-    if any(record.compress_type for record in records) or sum(record.file_size for record in records) > len(data):
-        raise ValueError("its zip records are compressed, or claim more than the file holds: not torch's")
-    pickles = [record.filename for record in records if record.filename.split("/")[1:] == ["data.pkl"]]
-    if len(pickles) != 1:
-        raise ValueError("a zip archive, but not of torch.save")
-    folder = pickles[0][: -len("data.pkl")]
-    saved = _Unpickler(io.BytesIO(archive.read(pickles[0]))).load()
-    order = archive.read(folder + "byteorder") if folder + "byteorder" in archive.namelist() else b"little"
-    byteorder = {b"little": "<", b"big": ">"}[order]
-    return saved, functools.cache(lambda key: archive.read(f"{folder}data/{key}")), byteorder
-
-
-def _open_legacy(data):
-    stream = io.BytesIO(data)
-    if _Unpickler(stream).load() != 0x1950A86A20F9469CFC6C:  # torch.serialization.MAGIC_NUMBER
-        raise ValueError("a pickle, but not of torch.save")
-    for _ in ("version of the format", "the writer's machine"):
-        _Unpickler(stream).load()
-    unpickler = _Unpickler(stream)
-    saved, storages = unpickler.load(), {}
-    for key in _Unpickler(stream).load():
-        if type(key) is not str:
-            raise ValueError("a storage of an unknown kind")
-        dtype = unpickler.storages[key].dtype
-        nbytes = int.from_bytes(stream.read(8), "little") * (2 if dtype == "bfloat16" else np.dtype(dtype).itemsize)
-        storages[key] = stream.read(nbytes)
-        if len(storages[key]) < nbytes:
-            raise ValueError("the file is truncated")
-    return saved, storages.__getitem__, "<"
+def _description(attributes):
+    """What the attributes of a file say; ValueError if it cannot be a description of a network."""
+    description = json.loads(attributes[_NETWORK])
+    kinds = {**_DESCRIPTION, "sample_rate": (int, float)}
+    if not isinstance(description, dict) or any(not isinstance(description.get(k), v) for k, v in kinds.items()):
+        raise ValueError("its description of the network is damaged")
+    if not all(0 < description[key] < 2**31 for key in ("nb_channels", "n_fft", "n_hop", "sample_rate")):
+        raise ValueError("its description of the network has sizes that cannot be")
+    folders.check_targets(description["targets"])
+    statistics = {name: np.asarray(attributes[name], np.float32) for name in description.pop("statistics", [])}
+    return {**description, "statistics": statistics} if statistics else description
 
 
 # --------------------------------------------------------------------------------------- writing
 
 
-def save(path, params):
+def save(path: str | Path, params: dict, description: dict | None = None) -> None:
     """Write weights: .h5 (also for nn.load_parameters) or .pth (openunmix 1.3.0 loads it strictly).
 
     Args:
         path: its extension chooses the format; an existing file is replaced whole
         params: name -> array in our names
+        description: of the network, see trained.py; a .pth cannot carry it
     Raises:
         ValueError: another extension, or a .pth of anything but one OpenUnmix.
     """
     path = Path(path)
     params = {name: np.asarray(value, np.float32) for name, value in params.items()}
-    if path.suffix not in _WRITERS:
-        raise ValueError(f"{path}: weights are written as {' or '.join(_WRITERS)}")
-    writer = _WRITERS[path.suffix]
-    content = to_torch(params) if writer is _write_pth else params
+    if path.suffix not in folders.KINDS:
+        raise ValueError(f"{path}: weights are written as {' or '.join(folders.KINDS)}")
+    state = to_torch(params) if path.suffix == ".pth" else None
     with utils.atomic_path(path) as temporary:
-        writer(temporary, content)
+        if state is None:
+            _write_h5(temporary, params, description)
+        else:
+            torch_files.write(temporary, state)
 
 
-def _write_h5(path, params):
+def _write_h5(path, params, description):
     with h5py.File(path, "w") as file:  # the layout of nn.save_parameters
+        if description is not None:
+            statistics = description.get("statistics", {})
+            file.attrs[_NETWORK] = json.dumps({**description, "statistics": list(statistics)}, sort_keys=True)
+            file.attrs.update(statistics)
         for index, (name, value) in enumerate(params.items()):
             file[name] = value
             file[name].attrs["need_grad"] = _need_grad(name)
             file[name].attrs["index"] = index
 
 
-def _write_pth(path, state):
-    """torch.save's zip format, spelt out: its pickle names things of torch that are not here to be pickled."""
-
-    def item(value):
-        if isinstance(value, bytes):  # already pickled
-            return value
-        if isinstance(value, str):
-            return pickle.BINUNICODE + len(value).to_bytes(4, "little") + value.encode("ascii")
-        if isinstance(value, tuple):
-            return pickle.MARK + b"".join(map(item, value)) + pickle.TUPLE
-        return pickle.BININT + value.to_bytes(4, "little")
-
-    ordered_dict = b"ccollections\nOrderedDict\n" + pickle.EMPTY_TUPLE + pickle.REDUCE
-    records, tensors = {}, b""
-    for key, (name, value) in enumerate(state.items()):
-        records[f"data/{key}"] = value.astype(value.dtype.newbyteorder("<")).tobytes()
-        storage_type = b"ctorch\nLongStorage\n" if value.dtype == np.int64 else b"ctorch\nFloatStorage\n"
-        storage = item(("storage", storage_type, str(key), "cpu", value.size)) + pickle.BINPERSID
-        strides = tuple(stride // value.itemsize for stride in value.strides)
-        arguments = item((storage, 0, value.shape, strides, pickle.NEWFALSE, ordered_dict))
-        tensors += item(name) + b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + pickle.REDUCE
-    content = pickle.PROTO + b"\x02" + ordered_dict + pickle.MARK + tensors + pickle.SETITEMS + pickle.STOP
-    records = {"data.pkl": content, "byteorder": b"little", **records, "version": b"3\n"}
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, record in records.items():
-            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), record)  # no date: same weights, same file
-
-
-_WRITERS = {".h5": _write_h5, ".pth": _write_pth}
-
-
 # ---------------------------------------------------------------------------------- command line
 
 
-def convert_folder(source, destination, to=None):
-    """Convert a model folder (separator.json, and <target>.json and <target>*.pth or *.h5 per target).
+def convert_folder(source: Path, destination: Path, to: str | None = None) -> None:
+    """Convert a model folder (separator.json, and the weights and perhaps <target>.json of each target).
 
     Args:
         source, destination: folders; `destination` is new or empty, and appears whole or not at all
@@ -528,28 +373,21 @@ def convert_folder(source, destination, to=None):
     if to is None and len(kinds) != 1:
         raise ValueError(f"{source} has {'both .h5 and .pth: say --to' if kinds else 'neither .h5 nor .pth files'}")
     to = to or _OTHER[kinds.pop()]
-
-    def files(target):  # openunmix' names are <target>.pth or <target>-<hash>.pth
-        exact = source / f"{target}.{_OTHER[to]}"
-        return [exact] if exact.exists() else sorted(source.glob(f"{target}*.{_OTHER[to]}"))
-
-    config_path = source / "separator.json"
-    config = _read_dict(config_path)
-    found = sorted(path.stem for path in source.glob("*.json") if path != config_path and files(path.stem))
-    found.sort(key=lambda target: args.TARGETS.index(target) if target in args.TARGETS else len(args.TARGETS))
-    targets = config.setdefault("targets", found)
-    # names of files to write, so never paths
-    if not isinstance(targets, list) or not targets or any(target != Path(str(target)).name for target in targets):
-        raise ValueError(f"{source} has no targets, or strange ones: {targets}")
+    config_path = source / folders.CONFIG
+    if not config_path.exists():
+        raise ValueError(f"there is no {config_path}, which says what the weights do not: nhop and sample_rate")
+    files, config = folders.find(source, kinds=(f".{_OTHER[to]}",))
+    config["targets"] = list(files)
 
     models, logs = {}, {}
-    for target in targets:
-        if len(files(target)) != 1:
-            raise ValueError(f"{source} has {len(files(target))} files {target}*.{_OTHER[to]}, expected one")
-        models[target], sizes = _load_model(files(target)[0])
+    for target, path in files.items():
+        models[target] = params, _ = read(path)
+        if to == "pth" and "" not in by_target(params):
+            raise ValueError(f"{path}: a joint model has no counterpart in openunmix")
+        sizes = describe(params, path)
         sizes["nfft"] = 2 * (sizes["nb_bins"] - 1)
         log_path = source / f"{target}.json"
-        logs[target] = _read_dict(log_path)
+        logs[target] = _read_log(log_path)
         arguments = logs[target].setdefault("args", {})
         for path, settings, keys in (
             (config_path, config, ("nfft", "nb_channels")),
@@ -560,16 +398,14 @@ def convert_folder(source, destination, to=None):
                     raise ValueError(f"{path} says {key} {settings[key]}, but the weights have {sizes[key]}")
         # the reference's training logs --unidirectional without heeding it: the weights know better
         arguments.update({key: sizes[key] for key in ("nb_layers", "unidirectional")})
-    if missing := [key for key in ("nhop", "sample_rate") if key not in config]:
-        raise ValueError(f"{config_path} lacks {' and '.join(missing)}")
 
     staging = destination.with_name(f".{destination.name}.{os.getpid()}")
     staging.mkdir(parents=True)
     try:
-        for target in targets:
-            save(staging / f"{target}.{to}", models[target])
+        for target, (params, description) in models.items():
+            save(staging / f"{target}.{to}", params, description)
             utils.write_json(staging / f"{target}.json", logs[target])
-        utils.write_json(staging / "separator.json", config)
+        utils.write_json(staging / folders.CONFIG, config)
         staging.replace(destination)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -578,16 +414,8 @@ def convert_folder(source, destination, to=None):
 _OTHER = {"h5": "pth", "pth": "h5"}
 
 
-def _load_model(path):
-    params = load(path)
-    try:
-        return params, describe(params)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _read_dict(path):
-    value = utils.read_json(path)
+def _read_log(path):
+    value = utils.read_json(path) if path.exists() else {}
     if not isinstance(value, dict) or not isinstance(value.get("args", {}), dict):
         raise ValueError(f"{path} is not what a training writes")
     return value
@@ -605,7 +433,10 @@ def main(argv=None):
         elif options.to:
             raise ValueError("--to is for folders; a file's format follows from its extension")
         else:
-            save(destination, _load_model(source)[0])
+            params, description = read(source)
+            if description is None or destination.suffix == ".pth":
+                describe(params, source)
+            save(destination, params, description)
     except ValueError as error:
         raise utils.UsageError(str(error)) from error
 

@@ -3,19 +3,19 @@
 import time
 from pathlib import Path
 
-import nnabla as nn
 import work
 
+import context
+import folders
 import functions as graph_functions
-import kernels
+import trained
 import utils
 import weights
 from data import statistics
 from evaluate import main as evaluate_main
-from model import OpenUnmix
 from separate import Separator
 from solvers import Adam
-from train import Graph, seed_epoch, train_epoch, validate, write_separator_config
+from train import Graph, seed_epoch, train_epoch, validate
 
 
 def label_functions():
@@ -40,17 +40,19 @@ def label_functions():
     return labels
 
 
-def make_net(**options):
-    return OpenUnmix(work.N_FFT, work.N_HOP, hidden_size=work.HIDDEN_SIZE, max_bin=work.MAX_BIN, **options)
+def make_model(target, parameters=None, statistics=None, **options):
+    options.update(hidden_size=work.HIDDEN_SIZE, max_bin=work.MAX_BIN)
+    description = {"class": "OpenUnmix", "options": options, "targets": [target], "nb_channels": 2}
+    description.update(sample_rate=work.RATE, n_fft=work.N_FFT, n_hop=work.N_HOP)
+    return trained.Model(description, trained.OWN["OpenUnmix"], parameters, statistics)
 
 
 def make_training(nb_samples, seconds, threads, plain):
-    utils.set_plain(plain)
-    kernels.set_threads(threads)
+    context.use("cpu", plain=plain, threads=threads)
     x, y = (work.audio(nb_samples, seconds, seed) for seed in (1, 2))
-    net = make_net()
-    graph = Graph(net, x.shape, test=False)
-    return x, y, graph, Adam(nn.get_parameters(), work.LR, work.WEIGHT_DECAY)
+    model = make_model("vocals")
+    graph = Graph(model, x.shape, test=False)
+    return x, y[:, None], graph, Adam(model.variables(), work.LR, work.WEIGHT_DECAY)
 
 
 def step(clock, nb_samples, seconds, warm_up, repeat, threads, plain=False):
@@ -79,7 +81,7 @@ def functions(clock, nb_samples, seconds, warm_up, repeat, threads, plain=False)
 
         return {"function_pre_hook": lambda function: started.append(time.perf_counter()), "function_post_hook": after}
 
-    def one():
+    def whole_step():
         graph.forward(x, y, clear_no_need_grad=True, **hooks("forward"))
         solver.zero_grad()
         graph.loss.backward(clear_buffer=True, **hooks("backward"))
@@ -88,7 +90,7 @@ def functions(clock, nb_samples, seconds, warm_up, repeat, threads, plain=False)
     for i in range(warm_up + repeat):
         if i == warm_up:
             clock.times.clear()
-        clock("step", one)
+        clock("step", whole_step)
         for name, duration in sums.items():
             clock.add(name, duration)
         sums.clear()
@@ -96,23 +98,24 @@ def functions(clock, nb_samples, seconds, warm_up, repeat, threads, plain=False)
 
 def train(clock, songs, output, target, initial, dropout, lr, epochs, threads, **recipe):
     """A training as train.py does it, of which every step's loss is kept; `initial` is a file of weights or None."""
-    kernels.set_threads(threads)
+    context.use("cpu", threads=threads)
     excerpts = work.Excerpts(songs, target, **recipe)
     seed_epoch(recipe["seed"], 0)
-    mean, std = (None, None) if initial else statistics(excerpts.train.tracks, work.N_FFT, work.N_HOP)
-    net = make_net(input_mean=mean, input_scale=std, dropout=dropout)
-    graph = Graph(net, excerpts.shape, test=False)
     if initial:
-        weights.set_parameters(weights.load(initial))
-    solver = Adam(nn.get_parameters(), lr, work.WEIGHT_DECAY)
+        model = make_model(target, weights.load(initial), dropout=dropout)
+    else:
+        found = statistics(excerpts.train.tracks, work.N_FFT, work.N_HOP)
+        model = make_model(target, statistics=dict(zip(trained.STATISTICS, found)), dropout=dropout)
+    graph = Graph(model, excerpts.shape, test=False)
+    solver = Adam(model.variables(), lr, work.WEIGHT_DECAY)
 
     def step(x, y):
         return train_epoch(lambda shape: graph, [(x, y)], solver)
 
-    result = work.train(clock, excerpts, epochs, step, lambda: validate(net, excerpts.valid))
+    result = work.train(clock, excerpts, epochs, step, lambda: validate(model, excerpts.valid))
     output = utils.writable_folder(output)
-    weights.save(Path(output, f"{target}.h5"), weights.get_parameters())
-    write_separator_config(output / "separator.json", net, target)
+    weights.save(output / f"{target}.h5", model.get_parameters(), model.description)
+    folders.write_config(output, model.config, model.targets)
     return result
 
 
@@ -124,7 +127,7 @@ def evaluate(clock, arguments):
 
 def separate(clock, folder, seconds, threads):
     start = time.perf_counter()
-    kernels.set_threads(threads)
+    context.use("cpu", threads=threads)
     separator = Separator.load(folder, work.TARGETS, niter=1, context="cpu")
     x = work.audio(1, seconds, 1)[0]
     separator(x[:, : work.RATE], work.RATE)

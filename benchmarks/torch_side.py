@@ -144,12 +144,12 @@ def train(clock, songs, output, target, initial, dropout, lr, epochs, threads, p
     optimizer = torch.optim.Adam(net.parameters(), lr=lr, weight_decay=work.WEIGHT_DECAY)
 
     def step(x, y):
-        return train_step(net, optimizer, encoder, torch.from_numpy(x), torch.from_numpy(y))
+        return train_step(net, optimizer, encoder, torch.from_numpy(x), torch.from_numpy(y[:, 0]))
 
     @torch.no_grad()
     def validate():
         net.eval()
-        pairs = [[torch.from_numpy(audio[None]) for audio in pair] for pair in excerpts.validation()]
+        pairs = [(torch.from_numpy(x[None]), torch.from_numpy(y)) for x, y in excerpts.validation()]
         losses = [mse_loss(net(encoder(x)), encoder(y)).item() for x, y in pairs]
         net.train()
         return sum(losses) / len(losses)

@@ -39,12 +39,15 @@ def audio(nb_samples, seconds, seed):
 
 
 class Excerpts:
-    """Batches from a folder of songs, the same in both interpreters: drawn by data.py, which knows no network."""
+    """Batches from a folder of songs, the same in both interpreters: drawn by data.py, which knows no network.
+
+    Mixtures (batch_size, 2, nb_timesteps), targets (batch_size, 1, 2, nb_timesteps): there is one target.
+    """
 
     def __init__(self, songs, target, seq_dur, samples_per_track, batch_size, seed):
         from data import AUGMENTATIONS, DataIterator, MusdbSource
 
-        common = {"target": target, "root": songs, "is_wav": True, "seed": seed}
+        common = {"target": [target], "root": songs, "is_wav": True, "seed": seed}
         self.train = MusdbSource(
             **common, seq_dur=seq_dur, samples_per_track=samples_per_track, augmentations=AUGMENTATIONS
         )

@@ -1,9 +1,13 @@
+import hypothesis
 import nnabla as nn
 import numpy as np
 import pytest
 
-import kernels
+import kernels.threads
 import synthesize
+
+# for mutants.py, which asks only whether a test fails: not with what example, made as small as can be
+hypothesis.settings.register_profile("mutants", phases=[hypothesis.Phase.generate], derandomize=True, database=None)
 
 
 @pytest.fixture(autouse=True)
@@ -14,7 +18,7 @@ def fresh_parameters():
     nn.random.prng = np.random.RandomState(0)
     nn.random.set_function_seed(0)
     yield
-    kernels.set_threads(None)
+    kernels.threads.set_threads(None)
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,18 @@
 """The data source: what it draws, and what it says when the folder is not what it was told."""
 
+import itertools
+import os
 import shutil
+import time
 
 import numpy as np
 import pytest
 import soundfile
 import stempeg
+from formulas import float64_magnitudes
 
 import data
+import utils
 from utils import UsageError
 
 RATE = 44100
@@ -67,6 +72,81 @@ def test_draws_depend_on_seed_epoch_and_index_only(songs):
         assert np.abs(base - other[0]).max() > 1e-3
 
 
+@pytest.fixture
+def invert(monkeypatch):
+    """One more augmentation, which draws more numbers than any other."""
+
+    def invert(audio, rng):
+        return audio if rng.random(7)[-1] < 0.5 else -audio
+
+    monkeypatch.setitem(data.AUGMENTATIONS, "invert", invert)
+
+
+def test_augmentations_change_nothing_but_their_own_effect(songs, invert):
+    """What is drawn for each source, and by each augmentation, stays when another one comes, goes or changes places."""
+    names = ["gain", "channelswap", "invert"]
+    train = source(songs)
+    for index in range(4):
+        excerpts = {}
+        for train.augmentations in (some for n in range(4) for some in itertools.permutations(names, n)):
+            excerpts[train.augmentations] = train.item(1, index)[1]
+        plain = excerpts[()]
+        factor = np.abs(excerpts["gain",]).max() / np.abs(plain).max()
+        sign = 1 if np.array_equal(excerpts["invert",], plain) else -1
+        swapped = np.array_equal(excerpts["channelswap",], plain[::-1])
+        for some, excerpt in excerpts.items():
+            expected = plain[::-1] if swapped and "channelswap" in some else plain
+            expected = expected * (factor if "gain" in some else 1) * (sign if "invert" in some else 1)
+            np.testing.assert_allclose(excerpt, expected, atol=1e-6, err_msg=str(some))
+
+
+def test_streams_of_random_numbers_do_not_meet():
+    """Each purpose and key has a stream of its own; also where numbers could be padded, or run together."""
+    numbers = (0, 1, 2, 10, 12, 120, 2**32, 2**64)
+    streams = [("initial weights", {"seed": seed}) for seed in numbers]
+    for purpose in ("dropout", "order"):
+        streams += [(purpose, {"seed": seed, "epoch": epoch}) for seed in numbers for epoch in numbers]
+    for seed, epoch, index, name in itertools.product(numbers, numbers, numbers[:5], ("bass", "drums")):
+        key = {"seed": seed, "epoch": epoch, "index": index, "source": name}
+        streams += [("draw", key)] + [("augmentation", {**key, "name": name}) for name in data.AUGMENTATIONS]
+    assert {purpose for purpose, _ in streams} == set(utils.STREAMS)
+    draws = {utils.random_stream(purpose, **key).integers(2**63) for purpose, key in streams}
+    assert len(draws) == len(streams)
+    first, again = (utils.random_stream("order", seed=1, epoch=np.int64(2)).random(9) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    with pytest.raises(KeyError):
+        utils.random_stream("order", seed=1)
+    with pytest.raises(TypeError, match="do not depend on index"):
+        utils.random_stream("order", seed=1, epoch=2, index=3)
+
+
+def test_several_targets_are_stacked(songs):
+    names = ["drums", "accompaniment", "bass"]
+    for options in ({}, {"seq_dur": None}):
+        several = source(songs, target=names, augmentations=["gain"], **options)
+        mixture, targets = several.item(1, 2)
+        assert targets.shape == (3, 2, mixture.shape[1]) and targets.dtype == np.float32
+        for name, target in zip(names, targets):
+            expected = source(songs, target=name, augmentations=["gain"], **options).item(1, 2)
+            np.testing.assert_array_equal(mixture, expected[0])
+            np.testing.assert_array_equal(target, expected[1])
+    shapes = [y.shape for _, y in data.DataIterator(source(songs, target=["drums"]), 5).epoch(1)]
+    assert shapes == [(5, 1, 2, RATE), (5, 1, 2, RATE), (2, 1, 2, RATE)]
+
+
+def test_names_that_cannot_be_right(songs):
+    with pytest.raises(UsageError, match="the target 'bass' is named 2 times"):
+        source(songs, target=["bass", "drums", "bass"])
+    with pytest.raises(UsageError, match="unknown target 'guitar'"):
+        source(songs, target=["bass", "guitar"])
+    with pytest.raises(UsageError, match="no target is named"):
+        source(songs, target=[])
+    with pytest.raises(UsageError, match="unknown augmentation 'reverb': there are gain, channelswap"):
+        source(songs, augmentations=["gain", "reverb"])
+    with pytest.raises(UsageError, match="the augmentation 'gain' is named 2 times"):
+        source(songs, augmentations=["gain", "gain"])
+
+
 @pytest.mark.parametrize("nb_workers", [1, 3])
 def test_workers_do_not_change_the_batches(songs, nb_workers):
     train = source(songs)
@@ -84,6 +164,49 @@ def test_an_error_in_a_worker_reaches_the_caller(songs, tmp_path):
     shutil.rmtree(tmp_path / "songs")
     with pytest.raises(Exception, match="opening"):
         list(data.DataIterator(train, 4, 2).epoch(1))
+
+
+class Slow:
+    """A hundred items that take their time; the one that `fails` cannot be read."""
+
+    seed = 0
+
+    def __init__(self, fails=None):
+        self.fails, self.prepared = fails, []
+
+    def __len__(self):
+        return 100
+
+    def item(self, epoch, index):
+        time.sleep(0.002)
+        self.prepared.append(index)
+        if index == self.fails:
+            raise OSError(f"item {index}")
+        return np.zeros(1), np.zeros(1)
+
+
+def test_workers_end_with_an_interruption():
+    """Rather than prepare what nobody will ask for."""
+    slow = Slow()
+    batches = data.DataIterator(slow, batch_size=10, nb_workers=1).epoch(1)
+    next(batches)
+    batches.close()
+    seen = len(slow.prepared)
+    time.sleep(0.1)
+    assert len(slow.prepared) == seen < 30
+
+
+@pytest.mark.parametrize("nb_workers", [0, 2])
+@pytest.mark.parametrize("place", [0, 50, 99])
+def test_an_error_anywhere_in_an_epoch_ends_it(nb_workers, place):
+    """After the batches before it."""
+    slow = Slow()
+    list(data.DataIterator(slow, batch_size=100).epoch(1))  # their order
+    batches = data.DataIterator(Slow(slow.prepared[place]), batch_size=1, nb_workers=nb_workers).epoch(1)
+    for _ in range(place):
+        next(batches)
+    with pytest.raises(OSError, match=f"item {slow.prepared[place]}"):
+        next(batches)
 
 
 def test_gain_is_uniform_and_swap_happens_half_of_the_time():
@@ -112,12 +235,8 @@ def test_validation_gives_whole_tracks_with_their_official_mixture(songs):
 def test_statistics_equal_a_plain_formula_over_all_frames(songs):
     train = source(songs)
     mean, std = data.statistics(train.tracks, 512, 128)
-    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(512) / 512)
-    frames = []
-    for track in train.tracks:
-        audio = soundfile.read(track.mixture)[0].T
-        for start in range(0, audio.shape[1] - 512 + 1, 128):
-            frames.append(np.abs(np.fft.rfft(audio[:, start : start + 512] * window)).mean(axis=0))
+    songs = [float64_magnitudes(soundfile.read(track.mixture)[0].T, 512, 128) for track in train.tracks]
+    frames = np.concatenate(songs).mean(axis=1)
     np.testing.assert_allclose(mean, np.mean(frames, axis=0), rtol=1e-5)
     np.testing.assert_allclose(std, np.maximum(np.std(frames, axis=0), 1e-4 * np.std(frames, axis=0).max()), rtol=1e-5)
 
@@ -158,6 +277,68 @@ def test_stems_are_decoded_once_and_equal_musdb(stems, tmp_path, monkeypatch):
     times = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*.wav"))]
     source(stems, is_wav=False)
     assert times == [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*.wav"))]
+
+
+@pytest.fixture
+def one_stem(stems, tmp_path, monkeypatch):
+    """A file of stems, and an empty folder where decoded ones are kept."""
+    kept = tmp_path / "kept"
+    monkeypatch.setattr(data.pooch, "os_cache", lambda name: kept)
+    path = tmp_path / "songs" / "train" / "Song.stem.mp4"
+    path.parent.mkdir(parents=True)
+    shutil.copy(sorted((stems / "train").iterdir())[0], path)
+    return path, kept / "stems"
+
+
+def decoded(path):
+    (track,) = source(path.parents[1], is_wav=False).tracks
+    return track
+
+
+def test_stems_that_have_changed_are_decoded_again(stems, one_stem):
+    path, kept = one_stem
+    before = data.read(decoded(path).mixture)
+    shutil.copy(sorted((stems / "train").iterdir())[1], path)
+    after = data.read(decoded(path).mixture)
+    assert not np.array_equal(before, after)
+    assert len(list(kept.iterdir())) == 2
+    os.utime(path, (0, 0))  # a change may keep the size
+    np.testing.assert_array_equal(data.read(decoded(path).mixture), after)
+    assert len(list(kept.iterdir())) == 3
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError])
+def test_stems_are_decoded_wholly_or_not_at_all(one_stem, monkeypatch, interruption):
+    path, kept = one_stem
+    write, count = soundfile.write, itertools.count(1)
+
+    def interrupted(*args, **options):
+        write(*args, **options)
+        if next(count) == 3:
+            raise interruption
+
+    with monkeypatch.context() as patch:
+        patch.setattr(soundfile, "write", interrupted)
+        with pytest.raises(interruption):
+            decoded(path)
+    assert not list(kept.rglob("*.wav")), "nothing is left, and nothing could be taken for whole"
+    track = decoded(path)
+    assert {path.stem for path in track.mixture.parent.iterdir()} == {"mixture", *track.sources}
+
+
+def test_stems_that_two_processes_decode_at_once(one_stem, monkeypatch):
+    """Each in a folder of its own; the first gives it its name, the second takes that."""
+    path, kept = one_stem
+    write, count, other = soundfile.write, itertools.count(1), []
+
+    def interrupted(*args, **options):
+        if next(count) == 3:
+            other.append(decoded(path))
+        write(*args, **options)
+
+    monkeypatch.setattr(soundfile, "write", interrupted)
+    assert [decoded(path)] == other
+    assert [other[0].mixture.parent] == list(kept.iterdir())
 
 
 def test_wav_and_stem_folders_are_told_apart(songs, stems):

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 from urllib.parse import unquote
 
 import matplotlib.image
@@ -179,6 +180,14 @@ def test_pictures_share_their_colours_and_sounds_their_factor(tmp_path):
     np.testing.assert_allclose(sounds[1] * (loud.max() / quiet.max()), sounds[0], atol=0.04)
 
 
+def test_a_stem_may_be_louder_than_the_mixture(tmp_path):
+    audio = np.random.default_rng(0).uniform(-1, 1, (2, 44100)).astype(np.float32)
+    demo.write_figures(tmp_path, {"mixture": ("Mixture", "", audio), "one": ("One", "", 2 * audio)}, 44100)
+    mixture, one = (soundfile.read(tmp_path / f"{name}.flac")[0] for name in ("mixture", "one"))
+    assert 0.99 < np.abs(one).max() < 1
+    np.testing.assert_allclose(2 * mixture, one, atol=1e-4)
+
+
 # ---------------------------------------------------------------------------------------- failures
 
 
@@ -195,6 +204,22 @@ def test_an_earlier_page_is_replaced_whole_or_kept(outdir, folders, tmp_path, mo
     with pytest.raises(OSError, match="disk full"):
         demo.demo(*folders, tmp_path / "page", quiet=True)
     assert {path: path.read_bytes() for path in (tmp_path / "page").rglob("*.*")} == before
+
+
+def test_the_page_itself_is_replaced_whole_or_kept(outdir, folders, tmp_path, monkeypatch):
+    shutil.copytree(outdir, tmp_path / "page")
+    page = tmp_path / "page" / "index.html"
+    before = page.read_bytes()
+
+    def fail(path, *arguments, **options):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(demo, "sdr", lambda *arguments: 0.0)
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(OSError, match="disk full"):
+        demo.demo(*folders, tmp_path / "page", quiet=True)
+    assert page.read_bytes() == before and len(list((tmp_path / "page").iterdir())) == 2
 
 
 @pytest.mark.parametrize("missing", ["songs", "model", "stem", "length"])

@@ -15,16 +15,18 @@ import musdb
 import museval
 import numpy as np
 import pytest
+import shapes
 import soundfile
 import stempeg
 
 import args
+import context
 import evaluate
-import kernels
+import kernels.threads
 import separate
-import utils
 import weights
 from args import TARGETS
+from scores import PUBLISHED
 from utils import UsageError
 
 RATE, N_FFT, N_HOP = 8000, 256, 64
@@ -53,7 +55,7 @@ def write_model(folder, seed=0):
     folder.mkdir()
     for k, target in enumerate(TARGETS):
         rng = np.random.default_rng(seed + k)
-        params = {name: 0.4 * rng.standard_normal(shape) for name, shape in weights._shapes(**SIZES).items()}
+        params = {name: 0.4 * rng.standard_normal(shape) for name, shape in shapes.open_unmix(**SIZES).items()}
         for name, values in params.items():
             if name.endswith(("/var", "/gamma")) or name.startswith(("input_scale", "output_scale", "output_mean")):
                 values[...] = 1 + np.abs(values)
@@ -65,7 +67,7 @@ def write_model(folder, seed=0):
 @pytest.fixture(autouse=True)
 def fast():
     yield
-    utils.set_plain(False)
+    context.set_plain(False)
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +241,7 @@ def test_stems_in_mp4(root, tmp_path, monkeypatch):
 
 
 def published():
-    return json.loads(evaluate.PUBLISHED.read_text())
+    return json.loads(PUBLISHED.read_text())
 
 
 def test_published_scores_have_a_source_each():
@@ -247,6 +249,11 @@ def test_published_scores_have_a_source_each():
         assert "https://" in model["source"]
         assert set(model["scores"]) == set(TARGETS)
         assert all("SDR" in scores for scores in model["scores"].values())
+
+
+def test_stems_hold_what_was_scored(whole):
+    """Neither rounded nor clipped."""
+    assert {soundfile.info(path).subtype for path in whole[1].rglob("*.wav")} == {"FLOAT"}
 
 
 def test_the_picture_and_the_summary(whole):
@@ -283,6 +290,27 @@ def test_silence_is_reported_and_kept_out(root, pair, tmp_path, capsys):
     assert written["tracks"]["Never - Together"]["vocals"]["SDR"] is None
 
 
+@pytest.mark.parametrize(
+    "audio",
+    [
+        [[0, 0], [0, 0]],
+        [[0, 0], [0, 1e-30]],
+        [[0.5, -0.5], [-0.25, 0.25]],  # opposite channels
+        [[0.5, -0.5], [-0.25, 0.375]],
+        [[0.5, 0.5], [-0.5, -0.5]],  # each channel sums to zero
+        [[1, -1], [-1, 1]],
+        [[0.5], [-0.5]],
+        [[0], [0]],
+        [[np.nan, 0], [0, 0]],
+    ],
+    ids=str,
+)
+def test_silence_is_what_museval_takes_for_it(audio):
+    """It raises an error then, whatever else the audio holds."""
+    audio = np.array(audio)
+    assert evaluate.is_silent(audio) == museval.metrics._any_source_silent(audio[None])
+
+
 def test_frames_of_silence_are_left_out(root, tmp_path):
     songs = tmp_path / "musdb"
     write_song(songs / "test" / "Pause - Song", 1, silent={"vocals": slice(0, RATE)})
@@ -311,6 +339,20 @@ def test_a_failing_track_does_not_stop_the_others(root, pair, tmp_path, capsys, 
     assert summary(tmp_path / "eval")["scores"] == summary(pair)["scores"]
     shutil.copy(songs / "test" / NAMES[0] / "bass.wav", songs / "test" / "Broken - Song")
     assert run(songs, tmp_path / "eval", *ACCOMPANIMENT)["failed"] == {}
+
+
+def test_an_error_of_museval_is_that_of_its_track(root, tmp_path, capsys, monkeypatch):
+    score = museval.eval_mus_track
+
+    def evaluated(track, estimates):
+        if track.name == NAMES[1]:
+            raise ZeroDivisionError("of museval")
+        return score(track, estimates)
+
+    monkeypatch.setattr(museval, "eval_mus_track", evaluated)
+    error = fails(capsys, root, tmp_path, *ACCOMPANIMENT, status=1)
+    assert f"{NAMES[1]}: ZeroDivisionError: of museval\n" in error
+    assert {path.stem for path in (tmp_path / "test").glob("*.json")} == {NAMES[0], NAMES[2]}
 
 
 # ------------------------------------------------------------------------------------ interruptions
@@ -370,9 +412,39 @@ def test_half_a_json_is_made_again(root, pair, tmp_path):
     shutil.copytree(pair, tmp_path / "eval")
     path = tmp_path / "eval" / "test" / f"{NAMES[1]}.json"
     text = path.read_text()
-    path.write_text(text[:100])
-    run(root, tmp_path / "eval", *ACCOMPANIMENT)
-    assert path.read_text() == text
+    without_vocals = json.loads(text)
+    without_vocals["targets"] = [one for one in without_vocals["targets"] if one["name"] != "vocals"]
+    for half in (text[:100], "{}", json.dumps(without_vocals)):
+        path.write_text(half)
+        run(root, tmp_path / "eval", *ACCOMPANIMENT)
+        assert path.read_text() == text
+
+
+def test_scores_are_written_whole_or_not_at_all(root, tmp_path, monkeypatch, capsys):
+    write = Path.write_text
+
+    def full(path, text, *arguments, **options):
+        if path.parent.name == "test":
+            write(path, text[:100])
+            raise OSError(28, "No space left on device")
+        return write(path, text, *arguments, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    error = fails(capsys, root, tmp_path / "eval", *ACCOMPANIMENT, status=1)
+    assert error.count("No space left") == len(NAMES)
+    assert not list((tmp_path / "eval" / "test").iterdir())
+
+
+def test_validation_songs_are_a_part_of_the_training_songs(root, tmp_path):
+    for number, name in enumerate(("Actions - One Minute Smile", "Fourth - Song")):
+        write_song(tmp_path / "musdb" / "train" / name, number)
+    shutil.copytree(root.parent / "m0", tmp_path / "m0")
+    tracks = {
+        subset: set(run(tmp_path / "musdb", tmp_path / subset, *ACCOMPANIMENT, "--subset", subset)["tracks"])
+        for subset in ("valid", "train")
+    }
+    one = {"Actions - One Minute Smile"}
+    assert tracks == {"valid": one, "train": one | {"Fourth - Song"}}
 
 
 def test_stems_are_written_though_the_scores_are_there(root, pair, tmp_path):
@@ -419,6 +491,8 @@ class Stop(Exception):
 OPTIONS = {
     "model": "m1",
     "model_dir": "somewhere",
+    "network": "file.py:Class",
+    "network_options": {"size": 4},
     "targets": ["bass", "vocals"],
     "niter": 3,
     "softmask": True,
@@ -448,7 +522,8 @@ def test_options_reach_the_separator(root, tmp_path, monkeypatch, name):
     seen = {}
     monkeypatch.setattr(evaluate.Separator, "load", load)
     value, option = OPTIONS[name], f"--{name.replace('_', '-')}"
-    values = [] if value is True else value if isinstance(value, list) else [value]
+    values = [] if value is True else value if isinstance(value, list) else [json.dumps(value)]
+    values = [value] if isinstance(value, str) else values
     with pytest.raises(Stop):
         run(root, tmp_path, option, *values)
     assert seen[name] == value
@@ -489,7 +564,7 @@ def test_options_change_the_stems_alike_in_both_commands(root, tmp_path):
 @pytest.mark.parametrize("start", ["the command", "a process of its own"])
 def test_threads_and_plain_functions(root, tmp_path, monkeypatch, start):
     def load(**options):
-        assert kernels.get_threads() == 3 and not utils.fast()
+        assert kernels.threads.get_threads() == 3 and not context.fast()
         raise Stop
 
     monkeypatch.setattr(evaluate.Separator, "load", load)
@@ -497,7 +572,7 @@ def test_threads_and_plain_functions(root, tmp_path, monkeypatch, start):
         if start == "the command":
             run(root, tmp_path, "--threads", 3, "--plain")
         else:
-            evaluate.set_up(loading={}, threads=3, plain=True)
+            evaluate.set_up(loading={"context": "cpu", "device_id": "0"}, threads=3, plain=True)
 
 
 def test_processes_share_the_threads(root, tmp_path, monkeypatch):
@@ -538,6 +613,10 @@ def stems_of(targets, residual=None, aggregate=None):
         (
             (TARGETS, None, {"vocals": ["vocals"], "accompaniment": ["drums", "bass", "other"]}),
             {"vocals/accompaniment": ["vocals", "accompaniment"]},
+        ),
+        (
+            (TARGETS, None, {**{name: [name] for name in TARGETS}, "accompaniment": ["drums", "bass", "other"]}),
+            {"four sources": ["drums", "bass", "other"], "vocals/accompaniment": ["vocals", "accompaniment"]},
         ),
     ],
 )

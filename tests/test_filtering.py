@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import filtering
-import kernels
+import kernels.threads
+import kernels.wiener
 
 TOLERANCE = {0: 1e-5, 1: 1e-5, 2: 5e-5}  # by iterations, in single precision, relative to the maximum
 TYPES = [np.complex64, np.complex128]
@@ -74,7 +75,7 @@ def test_wiener_equals_norbert(dtype, use_softmask, iterations, nb_channels, v_c
 
 @given(
     nb_frames=st.integers(1, 8),
-    nb_bins=st.sampled_from([1, 2, 7, kernels.BINS + 1]),
+    nb_bins=st.sampled_from([1, 2, 7, kernels.wiener.BINS + 1]),
     nb_channels=st.integers(1, 2),
     nb_sources=st.integers(1, 5),
     iterations=st.integers(0, 2),
@@ -137,13 +138,13 @@ def golden():
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("case", [key for key in golden() if key[-1] not in "vx"])
-def test_separate_equals_openunmix(case, dtype):
+def test_source_spectra_equal_openunmix(case, dtype):
     """Cases of tests/reference/make_wiener.py; `case` is size/iterations[-softmask][-residual]."""
     arrays = golden()
     name, (iterations, *options) = case.split("/")[0], case.split("/")[1].split("-")
     softmask, residual, iterations = "softmask" in options, "residual" in options, int(iterations)
     v, x, expected = arrays[f"{name}/v"], arrays[f"{name}/x"].astype(dtype), arrays[case]
-    y = filtering.separate(v.transpose(3, 0, 2, 1), x.transpose(2, 0, 1), iterations, softmask, residual)
+    y = filtering.source_spectra(v.transpose(3, 0, 2, 1), x.transpose(2, 0, 1), iterations, softmask, residual)
     y = y.transpose(2, 3, 1, 0)
     assert y.dtype == dtype
     if residual and not softmask:
@@ -155,9 +156,9 @@ def test_separate_equals_openunmix(case, dtype):
     assert error(y, expected) < (TOLERANCE[iterations] if dtype == np.complex64 else 3e-7)
 
 
-def test_wiener_is_separate_in_norberts_layout():
+def test_wiener_is_source_spectra_in_norberts_layout():
     v, x = spectra(dtype=np.complex64)
-    y = filtering.separate(v.transpose(3, 0, 2, 1), x.transpose(2, 0, 1), iterations=1, softmask=True, eps=1e-10)
+    y = filtering.source_spectra(v.transpose(3, 0, 2, 1), x.transpose(2, 0, 1), iterations=1, softmask=True, eps=1e-10)
     np.testing.assert_array_equal(y.transpose(2, 3, 1, 0), filtering.wiener(v, x, eps=1e-10))
 
 
@@ -169,7 +170,7 @@ def test_wiener_is_separate_in_norberts_layout():
 @pytest.mark.parametrize("softmask", [False, True])
 def test_estimates_with_a_residual_sum_to_the_mixture(nb_channels, iterations, softmask):
     v, x = spectra(nb_channels=nb_channels)
-    y = filtering.separate(v.transpose(3, 0, 2, 1), x.transpose(2, 0, 1), iterations, softmask, residual=True)
+    y = filtering.source_spectra(v.transpose(3, 0, 2, 1), x.transpose(2, 0, 1), iterations, softmask, residual=True)
     # but for what the regularisation takes away
     assert error(y.sum(axis=0), x.transpose(2, 0, 1)) < (1e-3 if iterations else 1e-14)
 
@@ -187,7 +188,7 @@ def test_silence_stays_silence(nb_channels, iterations, softmask, residual):
     v, x = spectra(nb_channels=nb_channels, dtype=np.complex64)
     v[..., 1] = 0
     v[3:6], x[3:6] = 0, 0
-    y = filtering.separate(v.transpose(3, 0, 2, 1), x.transpose(2, 0, 1), iterations, softmask, residual)
+    y = filtering.source_spectra(v.transpose(3, 0, 2, 1), x.transpose(2, 0, 1), iterations, softmask, residual)
     assert np.isfinite(y).all()
     assert (y[1] == 0).all() and (y[:, :, 3:6] == 0).all()
     assert (np.abs(y[0]).max(axis=(0, 2)) > 0).sum() == len(x) - 3
@@ -198,7 +199,7 @@ def test_silence_stays_silence(nb_channels, iterations, softmask, residual):
 def test_loud_mixtures_are_filtered_alike(seed, factor, iterations, residual):
     v, x = spectra(seed=seed, peak=10)
     v, x = v.transpose(3, 0, 2, 1), x.transpose(2, 0, 1)
-    y, louder = (filtering.separate(a * v, a * x, iterations, residual=residual) for a in (1, factor))
+    y, louder = (filtering.source_spectra(a * v, a * x, iterations, residual=residual) for a in (1, factor))
     assert error(louder, factor * y) < 1e-7
 
 
@@ -214,15 +215,15 @@ def test_sources_and_channels_may_be_exchanged(order, swap, iterations):
 
 @pytest.mark.parametrize("iterations", [0, 1, 2])
 def test_threads_and_other_bins_do_not_change_a_bit(iterations):
-    v, x = spectra(nb_bins=3 * kernels.BINS + 1, dtype=np.complex64, peak=5)  # below 10, where nothing is scaled
+    v, x = spectra(nb_bins=3 * kernels.wiener.BINS + 1, dtype=np.complex64, peak=5)  # below 10, where nothing is scaled
     try:
-        kernels.set_threads(1)
+        kernels.threads.set_threads(1)
         y = filtering.wiener(v, x, iterations)
-        kernels.set_threads(3)
+        kernels.threads.set_threads(3)
         np.testing.assert_array_equal(filtering.wiener(v, x, iterations), y)
     finally:
-        kernels.set_threads(None)
-    part = slice(kernels.BINS // 2, 2 * kernels.BINS)
+        kernels.threads.set_threads(None)
+    part = slice(kernels.wiener.BINS // 2, 2 * kernels.wiener.BINS)
     assert error(filtering.wiener(v[:, part], x[:, part], iterations), y[:, part]) < 1e-6
 
 
@@ -234,7 +235,7 @@ def test_closed_form_equals_the_general_one(nb_channels, iterations):
     for softmask, residual in itertools.product([False, True], [False, True]):
         options = (iterations, softmask, residual, 1e-10, 2e-10, 3e-5)
         closed, general = (np.empty((4 + residual,) + x.shape, x.dtype) for _ in range(2))
-        kernels.wiener(v, x, *options, closed)
+        kernels.wiener.wiener(v, x, *options, closed)
         filtering._any_number_of_channels(v, x, *options, general)
         assert error(closed, general) < 1e-8
 
@@ -243,8 +244,8 @@ def test_the_result_is_written_into_a_given_array():
     v, x = spectra(dtype=np.complex64)
     v, x = v.transpose(3, 0, 2, 1), x.transpose(2, 0, 1)
     out = np.full((4, 2, 20, 9), np.nan, np.complex64)
-    assert filtering.separate(v, x, out=out) is out
-    np.testing.assert_array_equal(out, filtering.separate(v, x))
+    assert filtering.source_spectra(v, x, out=out) is out
+    np.testing.assert_array_equal(out, filtering.source_spectra(v, x))
 
 
 @pytest.mark.parametrize("nb_channels", [1, 2, 3])
@@ -275,10 +276,10 @@ def test_errors_print_both_shapes(function, v_shape, x_shape):
     assert str(v_shape) in str(caught.value) and str(x_shape) in str(caught.value)
 
 
-def test_separate_refuses_norberts_layout():
+def test_source_spectra_refuses_norberts_layout():
     v, x = spectra()
     with pytest.raises(ValueError, match=r"\(20, 9, 2, 4\) and x of shape \(20, 9, 2\).*nb_sources, nb_frames"):
-        filtering.separate(v, x)
+        filtering.source_spectra(v, x)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +311,7 @@ def test_other_errors(options, message):
 def test_arrays_that_cannot_hold_the_result(out):
     v, x = spectra(dtype=np.complex64)
     with pytest.raises(ValueError, match="out of shape"):
-        filtering.separate(v.transpose(3, 0, 2, 1), x.transpose(2, 0, 1), out=out)
+        filtering.source_spectra(v.transpose(3, 0, 2, 1), x.transpose(2, 0, 1), out=out)
 
 
 def test_examples_in_docstrings():

@@ -1,6 +1,7 @@
 """The fast graph functions against their plain form, and the kernels against float64."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,18 @@ import nnabla.functions as F
 import numba
 import numpy as np
 import pytest
+from formulas import float64_lstm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import context
 import functions
-import kernels
+import kernels.compiler
+import kernels.lstm
+import kernels.products
+import kernels.threads
+import kernels.training
 import solvers
-import utils
 
 SIZES = st.fixed_dictionaries(
     {
@@ -42,11 +48,11 @@ def run(build, arrays, fixed, dy, plain, times=1):
         variable.need_grad = name not in fixed
         if "/" in name:
             nn.parameter.set_parameter(name, variable)
-    utils.set_plain(plain)
+    context.set_plain(plain)
     try:
         y = build(**{name: variable for name, variable in v.items() if "/" not in name})
     finally:
-        utils.set_plain(False)
+        context.set_plain(False)
     for variable in v.values():
         if variable.need_grad:
             variable.grad.zero()
@@ -77,12 +83,39 @@ def compare(build, arrays, shape, rng, fixed=(), tolerance=2e-5):
             np.testing.assert_allclose(twice[name], 2 * got[name], rtol=1e-4, atol=1e-4 * np.abs(got[name]).max())
 
 
+def poison(shapes):
+    """Fill the memory that NNabla has released, and would use again, with NaN."""
+    for shape in shapes:
+        for array in [nn.NdArray(shape) for _ in range(20)]:
+            array.cast(np.float32)[...] = np.nan
+
+
+def released(build, arrays, fixed, dy, clear):
+    """Gradients, with or without memory released as early as the graph allows; inputs and output are intermediates."""
+    nn.clear_parameters()
+    v = variables(**arrays)
+    for name, variable in v.items():
+        variable.need_grad = name not in fixed
+        if variable.need_grad:
+            variable.grad.zero()
+        if "/" in name:
+            nn.parameter.set_parameter(name, variable)
+    inputs = {name: 2 * variable for name, variable in v.items() if "/" not in name}
+    y = 3 * build(**inputs)
+    shapes = {variable.shape for variable in [*inputs.values(), y]}
+    y.forward(clear_no_need_grad=clear)
+    if clear:
+        poison(shapes)
+    y.backward(dy, clear_buffer=clear, function_post_hook=(lambda _: poison(shapes)) if clear else None)
+    return {name: variable.g.copy() for name, variable in v.items() if variable.need_grad}
+
+
 def numbers(rng, *shape, scale=1.0):
     return (scale * rng.standard_normal(shape)).astype(np.float32)
 
 
 def draw(sizes):
-    kernels.set_threads(sizes["threads"])
+    kernels.threads.set_threads(sizes["threads"])
     return np.random.default_rng(sizes["seed"]), *(sizes[k] for k in "TNCFH")
 
 
@@ -103,6 +136,16 @@ def test_spectrogram(sizes, power, center, mono, transform):
     truth = (np.abs(np.fft.rfft(frames * window)) ** power).transpose(2, 0, 1, 3)
     truth = truth.mean(2, keepdims=True) if mono else truth
     assert_close({"y": got.d}, {"y": truth}, 2e-6)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("center, shortest", [(False, 64), (True, 33)])
+def test_spectrogram_of_audio_that_is_too_short(plain, center, shortest, monkeypatch):
+    """For a window, or to be reflected by half of one."""
+    monkeypatch.setattr(context, "_plain", plain)
+    assert functions.spectrogram(nn.Variable((1, 2, shortest)), 64, 16, center).shape[1:] == (1, 2, 33)
+    with pytest.raises(ValueError, match=f"n_fft 64 needs {shortest}"):
+        functions.spectrogram(nn.Variable((1, 2, shortest - 1)), 64, 16, center)
 
 
 def test_spectrogram_of_audio_that_needs_a_gradient():
@@ -129,7 +172,8 @@ def test_input_affine(sizes):
         "scale": numbers(rng, B),
         "fc/affine/W": numbers(rng, C * B, H),
     }
-    compare(lambda **v: functions.input_affine(**v, n_outmaps=H, name="fc"), arrays, (T, N, H), rng)
+    build = lambda **v: functions.input_affine(**v, n_outmaps=H, name="fc")  # noqa: E731
+    compare(build, arrays, (T, N, H), rng, tolerance=5e-5)  # a sum over frames and weights may nearly cancel
 
 
 def bn_arrays(rng, K):
@@ -171,6 +215,17 @@ def test_mask(sizes):
     compare(build, arrays, (T, N, C, n), rng, (*BN_FIXED, "mixture"), tolerance=5e-5)
 
 
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("test", [False, True])
+def test_mask_has_no_gradient_towards_the_mixture(plain, test):
+    """As in the reference, whose forward pass multiplies with a detached copy."""
+    rng = np.random.default_rng(0)
+    arrays = {"z": numbers(rng, 9, 2, 10), "scale": numbers(rng, 5), "mean": numbers(rng, 5)}
+    arrays.update(mixture=1 + np.abs(numbers(rng, 9, 2, 2, 5)), **bn_arrays(rng, 10))
+    got = run(lambda **v: functions.mask(**v, test=test, name="fc"), arrays, BN_FIXED, numbers(rng, 9, 2, 2, 5), plain)
+    assert got["gradient of z"].any() and not got["gradient of mixture"].any()
+
+
 def lstm_arrays(rng, inputs, H, nb_layers, D):
     arrays = {}
     for k in range(nb_layers):
@@ -188,7 +243,7 @@ def test_lstm(sizes, nb_layers, bidirectional):
     D = 2 if bidirectional else 1
     arrays = {"x": numbers(rng, T, N, K), **lstm_arrays(rng, K, H, nb_layers, D)}
 
-    def build(x):  # test=False: nnabla's own has a way back only then
+    def build(x):  # test=False: nnabla's own has a backward pass only then
         return functions.lstm(x, H, nb_layers, bidirectional, 0.0, False, "lstm")
 
     compare(build, arrays, (T, N, D * H), rng)
@@ -205,24 +260,6 @@ def test_lstm_has_a_way_back_in_test_mode():
     assert_close(results[1], results[0], 1e-6)
 
 
-def float64_lstm(x, weights, biases, masks):
-    """The formula, layer by layer; complex numbers pass, for derivatives."""
-    sigmoid = lambda v: 1 / (1 + np.exp(-v))  # noqa: E731
-    for k, (weight, bias) in enumerate(zip(weights, biases)):
-        x = x * masks[k]
-        D, _, H, _ = weight.shape
-        out = np.zeros(x.shape[:2] + (D * H,), x.dtype)
-        for d in range(D):
-            h = c = np.zeros((x.shape[1], H), x.dtype)
-            for t in range(len(x))[:: -1 if d else 1]:
-                i, f, g, o = np.einsum("ni,ghi->gnh", np.concatenate([x[t], h], 1), weight[d]) + bias[d][:, None]
-                c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
-                h = sigmoid(o) * np.tanh(c)
-                out[t, :, d * H : (d + 1) * H] = h
-        x = out
-    return x
-
-
 @pytest.mark.parametrize("D, N", [(1, 1), (2, 3)])
 def test_lstm_with_dropout_against_float64(D, N):
     T, K, H, layers, seed = 12, 5, 7, 3, 11
@@ -232,14 +269,14 @@ def test_lstm_with_dropout_against_float64(D, N):
     weights = [arrays[f"lstm/weight_l{k}"] for k in range(layers)]
     biases = [arrays[f"lstm/bias_ih_l{k}"] for k in range(layers)]
     out, dx, dweights = np.empty_like(dy), np.empty_like(x), [np.empty_like(w) for w in weights]
-    stack = kernels.Lstm()
+    stack = kernels.lstm.Lstm()
     stack.forward(x, weights, biases, 0.4, seed, out, keep=True)
     dbiases = stack.backward(x, weights, dy, dx, dweights, [False] * 4)
 
     masks = [np.ones(())]
     for k in range(1, layers):
         ones = np.ones(out.size, np.float32)
-        kernels.dropout(ones, 0.4, seed, k, ones)
+        kernels.training.dropout(ones, 0.4, seed, k, ones)
         masks.append(ones.reshape(out.shape).astype(np.float64))
     truth = [x, *weights, *biases]
     assert_close({"y": out}, {"y": float64_lstm(x.astype(float), weights, biases, masks)}, 1e-6)
@@ -252,13 +289,42 @@ def test_lstm_with_dropout_against_float64(D, N):
             assert abs(gradient.flat[index] - derivative) < 5e-6 * np.abs(gradient).max()
 
 
+def test_lstm_of_the_published_width():
+    """Whose products are done in several parts."""
+    rng = np.random.default_rng(0)
+    T, N, H = 3, 5, 256
+    arrays = {"x": numbers(rng, T, N, 20), **lstm_arrays(rng, 20, H, 1, 2)}
+    compare(lambda x: functions.lstm(x, H, 1, True, 0.0, False, "lstm"), arrays, (T, N, 2 * H), rng)
+
+
+def test_lstm_adds_to_some_gradients_only():
+    """As a graph asks for, where some of several weights are shared."""
+    rng = np.random.default_rng(0)
+    T, N, D, size = 5, 3, 2, 4
+    x, dy = numbers(rng, T, N, size), numbers(rng, T, N, D * size)
+    weights = [numbers(rng, D, 4, size, (size if layer == 0 else D * size) + size) for layer in range(3)]
+    biases = [numbers(rng, D, 4, size) for _ in range(3)]
+    stack = kernels.lstm.Lstm()
+
+    def gradients(accumulate):
+        stack.forward(x, weights, biases, 0.0, 0, np.empty_like(dy), keep=True)
+        dx, dweights = np.ones_like(x), [np.ones_like(weight) for weight in weights]
+        stack.backward(x, weights, dy, dx, dweights, accumulate)
+        return [dx, *dweights]
+
+    alone = gradients([False] * 4)
+    for accumulate in ([True, False, False, True], [False, True, False, False], [False, False, True, False]):
+        for added, gradient, one in zip(accumulate, gradients(accumulate), alone):
+            np.testing.assert_allclose(gradient, one + added, rtol=1e-4, atol=1e-5)
+
+
 def test_dropout():
     ones = np.ones(10**6, np.float32)
     masks = []
     for threads, seed, layer in [(1, 5, 1), (3, 5, 1), (1, 5, 2), (1, 6, 1)]:
-        kernels.set_threads(threads)
+        kernels.threads.set_threads(threads)
         out = np.empty_like(ones)
-        kernels.dropout(ones, 0.4, seed, layer, out)
+        kernels.training.dropout(ones, 0.4, seed, layer, out)
         kept = out != 0
         assert abs(kept.mean() - 0.6) < 3e-3
         assert np.allclose(out[kept], 1 / 0.6)
@@ -298,16 +364,73 @@ def test_squared_error(sizes):
     compare(functions.squared_error, arrays, (), rng)
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_released_memory_is_not_read(plain, monkeypatch):
+    """What a function declares that its gradients do not depend on (grad_depends_…) is gone by then."""
+    monkeypatch.setattr(context, "_plain", plain)
+    rng = np.random.default_rng(0)
+    T, N, C, n, H = 20, 3, 2, 8, 16
+    x = {"x": numbers(rng, T, N, H)}
+    spectrogram = np.abs(numbers(rng, T, N, C, n))
+    bn = {
+        activation: (lambda x, activation=activation: functions.batch_normalization(x, activation, False, "fc"))
+        for activation in (F.identity, F.tanh, F.relu)
+    }
+    cases = [
+        *((build, {**x, **bn_arrays(rng, H)}, (T, N, H)) for build in bn.values()),
+        (
+            lambda **v: functions.mask(**v, test=False, name="fc"),
+            {"z": numbers(rng, T, N, C * n), "scale": numbers(rng, n), "mean": numbers(rng, n), "mixture": spectrogram}
+            | bn_arrays(rng, C * n),
+            (T, N, C, n),
+        ),
+        (
+            lambda **v: functions.input_affine(**v, n_outmaps=H, name="fc"),
+            {
+                "x": spectrogram,
+                "mean": numbers(rng, n),
+                "scale": numbers(rng, n),
+                "fc/affine/W": numbers(rng, C * n, H),
+            },
+            (T, N, H),
+        ),
+        (
+            lambda x: functions.lstm(x, H, 2, True, 0.0, False, "lstm"),
+            {**x, **lstm_arrays(rng, H, H, 2, 2)},
+            (T, N, 2 * H),
+        ),
+        (
+            lambda **x: functions.affine(list(x.values()), H, "fc"),
+            {"a": numbers(rng, T, N, n), "b": numbers(rng, T, N, H), "fc/affine/W": numbers(rng, n + H, H)},
+            (T, N, H),
+        ),
+        (functions.squared_error, {"y_hat": spectrogram, "y": numbers(rng, T, N, C, n)}, ()),
+    ]
+    for build, arrays, shape in cases:
+        dy = numbers(rng, *shape)
+        kept, gone = (released(build, arrays, BN_FIXED, dy, clear) for clear in (False, True))
+        for name in kept:
+            np.testing.assert_array_equal(gone[name], kept[name], err_msg=f"{name} of {list(arrays)}")
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_squared_error_of_shapes_that_differ(plain, monkeypatch):
+    """Which NumPy, or NNabla, would fit to each other."""
+    monkeypatch.setattr(context, "_plain", plain)
+    with pytest.raises(ValueError, match="estimate of shape"):
+        functions.squared_error(nn.Variable((3, 1, 2, 5)), nn.Variable((3, 1, 1, 5)))
+
+
 def test_squared_error_is_exact():
     a, b = (np.random.default_rng(i).random(3_000_000, np.float32) for i in range(2))
     truth = ((a.astype(np.float64) - b) ** 2).mean()
-    assert abs(kernels.squared_error(a, b) / truth - 1) < 1e-9
+    assert abs(kernels.training.squared_error(a, b) / truth - 1) < 1e-9
 
 
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_adam_is_torch_s(decay, plain, monkeypatch):
-    monkeypatch.setattr(utils, "_plain", plain)
+    monkeypatch.setattr(context, "_plain", plain)
     rng = np.random.default_rng(0)
     start = numbers(rng, 1000)
     v = nn.Variable.from_numpy_array(start, need_grad=True)
@@ -326,6 +449,19 @@ def test_adam_is_torch_s(decay, plain, monkeypatch):
     np.testing.assert_allclose(v.d, w, atol=1e-6)
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_state_of_adam_is_a_copy(plain, monkeypatch):
+    monkeypatch.setattr(context, "_plain", plain)
+    v = nn.Variable.from_numpy_array(np.ones(3, np.float32), need_grad=True)
+    solver = solvers.Adam({"v": v})
+    v.g = 1
+    solver.update()
+    state = solver.get_state()
+    solver.update()
+    np.testing.assert_allclose(state["v/mean"], 0.1, rtol=1e-6)
+    np.testing.assert_allclose(solver.get_state()["v/mean"], 0.19, rtol=1e-6)
+
+
 def test_same_threads_same_bits_other_threads_same_rounding():
     rng = np.random.default_rng(0)
     arrays = {"x": numbers(rng, 30, 6, 20), **lstm_arrays(rng, 20, 24, 2, 2), **bn_arrays(rng, 48)}
@@ -337,7 +473,7 @@ def test_same_threads_same_bits_other_threads_same_rounding():
 
     results = []
     for threads in (1, 1, 2, 2, 5):
-        kernels.set_threads(threads)
+        kernels.threads.set_threads(threads)
         nn.random.prng = np.random.RandomState(0)
         results.append(run(build, arrays, BN_FIXED, 1, plain=False))
     for a, b in ((0, 1), (2, 3)):
@@ -357,7 +493,7 @@ def test_nan_stays_visible():
 
 
 def test_tanh_and_sigmoid():
-    f = numba.vectorize(["float32(float32)"])(lambda x: kernels._tanh(x))
+    f = numba.vectorize(["float32(float32)"])(lambda x: kernels.compiler.tanh(x))
     x = np.linspace(-12, 12, 100001).astype(np.float32)
     assert np.abs(f(x) - np.tanh(x.astype(np.float64))).max() < 4e-7
 
@@ -366,30 +502,41 @@ def test_product_of_views():
     rng = np.random.default_rng(0)
     a, b = numbers(rng, 50, 70), numbers(rng, 60, 80)
     for threads in (1, 2, 7):
-        kernels.set_threads(threads)
+        kernels.threads.set_threads(threads)
         for left, right in (
             (a[:, :40], b[:40, 3:33]),
             (a[:20].T, b[3:23]),
             (a[:, 5:6], b[:1]),
             (a[:1], b.T[:70, :9]),
             (a[:1, :1], b[:1]),
+            (a[:, np.newaxis, 5], b[:1]),
         ):
             out = np.ones((left.shape[0] + 2, right.shape[1] + 3), np.float32)
             view = out[1:-1, 1:-2]
-            kernels.matmul(left, right, view)
+            kernels.products.matmul(left, right, view)
             np.testing.assert_allclose(view, left @ right, atol=1e-4)
-            kernels.matmul(left, right, view, accumulate=True)
+            kernels.products.matmul(left, right, view, accumulate=True)
             np.testing.assert_allclose(view, 2 * (left @ right), atol=1e-4)
             view[:] = 1
             assert (out == 1).all()
     with pytest.raises(ValueError):
-        kernels.matmul(a, b, np.empty((50, 80), np.float32))
+        kernels.products.matmul(a, b, np.empty((50, 80), np.float32))
+    with pytest.raises(TypeError, match="float64"):
+        kernels.products.matmul(a[:, :60].astype(np.float64), b, np.empty((50, 80), np.float32))
 
 
+ROOT = Path(functions.__file__).parent
+TANH = """
+import numpy as np
+from kernels import normalization
+zero, one, x, y = (np.full((1, 1), value, np.float32) for value in (0, 1, 0.5, 0))
+normalization.normalize(x, zero[0], one[0], zero[0], normalization.TANH, x, y)
+print(y.item())
+"""
 SMALL_STEP = """
 import sys
 import nnabla as nn, numpy as np
-import functions, kernels, model, solvers
+import functions, model, solvers
 nn.set_default_context(nn.Context(["cpu:float"], "CpuCachedArray"))
 nn.random.prng = np.random.RandomState(0)
 net = model.OpenUnmix(n_fft=256, n_hop=64, hidden_size=32, max_bin=90)
@@ -404,14 +551,19 @@ np.savez(sys.argv[1], loss=loss.d, **{name.replace("/", "."): v.d for name, v in
 """
 
 
+def python(script, *arguments, root=ROOT, **environment):
+    """Runs a script in a process of its own, with the modules in root; returns what it wrote to stdout, to stderr."""
+    command = [sys.executable, "-c", script, *arguments]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, env={**os.environ, **environment})
+    assert result.returncode == 0, result.stderr
+    return result.stdout, result.stderr
+
+
 def small_step(path, **environment):
     """A training step in a process of its own; returns its results and what it said."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(kernels.__file__).parent), **environment}
-    command = [sys.executable, "-c", SMALL_STEP, str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
+    _, said = python(SMALL_STEP, str(path), **environment)
     with np.load(path) as archive:
-        return dict(archive), result.stderr
+        return dict(archive), said
 
 
 def test_other_machines(tmp_path):
@@ -427,6 +579,19 @@ def test_other_machines(tmp_path):
     assert abs(other["loss"] / cold["loss"] - 1) < 1e-5
 
 
+def test_a_change_in_one_file_reaches_the_compiled_functions_of_others(tmp_path):
+    """normalization.py inlines the tanh of compiler.py: machine code with the former tanh must not be used again."""
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    options = {"root": tmp_path, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    assert abs(float(python(TANH, **options)[0]) - np.tanh(0.5)) < 1e-6
+    compiler = tmp_path / "kernels" / "compiler.py"
+    text = compiler.read_text()
+    assert text.count("return x * p / q") == 1
+    compiler.write_text(text.replace("return x * p / q", "return x + x"))
+    assert float(python(TANH, **options)[0]) == 1
+    assert "compiling" not in python(TANH, **options)[1]
+
+
 def test_without_a_folder_for_the_cache(monkeypatch):
     """Numba then raises RuntimeError; the functions are compiled all the same."""
     njit = numba.njit
@@ -438,8 +603,8 @@ def test_without_a_folder_for_the_cache(monkeypatch):
 
     monkeypatch.setattr(numba, "njit", no_cache)
 
-    @kernels.kernel
-    def double(x: kernels.OUT(1)):
+    @kernels.compiler.kernel
+    def double(x: kernels.compiler.OUT(1)):
         x *= 2
 
     x = np.ones(3, np.float32)

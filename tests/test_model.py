@@ -4,6 +4,7 @@ import nnabla as nn
 import numpy as np
 import pytest
 
+import context
 import functions
 import model
 
@@ -124,6 +125,13 @@ def test_statistics_become_parameters():
         np.testing.assert_array_equal(parameters[name].d, np.ones(33))
 
 
+def test_running_statistics_are_not_learnt():
+    """Nor moved by the optimizer, or by weight decay."""
+    run(audio())
+    learnt, rest = nn.get_parameters(), nn.get_parameters(grad_only=False)
+    assert rest.keys() - learnt.keys() == {f"fc{k}/bn/{name}" for k in (1, 2, 3) for name in ("mean", "var")}
+
+
 def test_initial_values_have_the_range_of_the_reference():
     run(audio(), hidden_size=128)
     for name, parameter in nn.get_parameters().items():
@@ -157,8 +165,10 @@ def test_what_does_not_fit_raises(options, x, message):
         run(x, **options)
 
 
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("nb_values", [7, 5_000_000])
-def test_squared_error_is_accurate(nb_values):
+def test_squared_error_is_accurate(nb_values, plain, monkeypatch):
+    monkeypatch.setattr(context, "_plain", plain)
     rng = np.random.RandomState(0)
     y_hat, y = (rng.rand(nb_values // 2049 + 1, 1, 1, 2049).astype(np.float32) ** 4 for _ in range(2))
     loss = functions.squared_error(nn.Variable.from_numpy_array(y_hat), nn.Variable.from_numpy_array(y))

@@ -17,6 +17,7 @@ import pytest
 import soundfile
 from reference.songs import RATE, noise_songs
 
+import context
 import data
 import functions
 import solvers
@@ -35,9 +36,9 @@ def files(kind):
 @pytest.fixture(scope="module", params=["plain", "fast"])
 def plain(request):
     """Both forms of the graph functions and the solver are compared with the reference."""
-    utils.set_plain(request.param == "plain")
+    context.set_plain(request.param == "plain")
     yield
-    utils.set_plain(False)
+    context.set_plain(False)
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,15 @@ import h5py
 import nnabla as nn
 import numpy as np
 import pytest
+import shapes
 import soundfile
 
 import args
-import kernels
+import audio
+import context
+import kernels.threads
 import separate
-import utils
+import trained
 import weights
 from args import TARGETS
 from separate import Separator
@@ -35,7 +38,7 @@ def random_params(seed=0, **sizes):
     """Of a network that is used: with masks of all values, and statistics that are no zeros and ones."""
     rng = np.random.default_rng(seed)
     params = {}
-    for name, shape in weights._shapes(**{**SIZES, "unidirectional": False, **sizes}).items():
+    for name, shape in shapes.open_unmix(**{**SIZES, "unidirectional": False, **sizes}).items():
         values = 0.4 * rng.standard_normal(shape)
         if name.endswith("/var") or name.startswith(("input_scale", "output_scale")):
             values = 1 + np.abs(values)
@@ -47,8 +50,7 @@ def random_params(seed=0, **sizes):
 
 def random_models(targets=TARGETS, rate=RATE, **sizes):
     return [
-        separate.SpectrogramModel(random_params(seed, **sizes), [target], N_HOP, rate)
-        for seed, target in enumerate(targets)
+        trained.described(random_params(seed, **sizes), [target], N_HOP, rate) for seed, target in enumerate(targets)
     ]
 
 
@@ -56,7 +58,7 @@ def open_models(nb_targets):
     """Whose masks are never all zero, so that a soft mask leaves nothing of the mixture."""
     all_params = [random_params(seed) for seed in range(nb_targets)]
     all_params[0]["output_mean"] += 10
-    return [separate.SpectrogramModel(params, [target], N_HOP, RATE) for params, target in zip(all_params, TARGETS)]
+    return [trained.described(params, [target], N_HOP, RATE) for params, target in zip(all_params, TARGETS)]
 
 
 def song(nb_timesteps=4000, nb_channels=2, seed=0, rate=RATE):
@@ -87,12 +89,12 @@ def reference_files():
 @pytest.fixture(autouse=True)
 def fast():
     yield
-    utils.set_plain(False)
+    context.set_plain(False)
 
 
 @pytest.mark.parametrize("path, plain", reference_files(), ids=lambda value: getattr(value, "stem", f"plain={value}"))
 def test_stems_equal_the_references(path, plain, tmp_path):
-    utils.set_plain(plain)
+    context.set_plain(plain)
     with np.load(path) as archive:
         arrays = dict(archive)
     config, stride = json.loads(str(arrays["config"])), int(arrays["stride"])
@@ -203,15 +205,16 @@ def test_audio_that_is_none(models, audio, rate, message):
         ({"targets": ["bass", "bass"]}, "one name"),
         ({"residual": "bass"}, "one name"),
         ({"residual": "../bass"}, "names of files"),
+        ({"context": "gpu"}, "choose cpu or cudnn"),
     ],
 )
 def test_options_that_do_not_fit(models, options, message):
     with pytest.raises(UsageError, match=message):
-        Separator(models, context="cpu", **options)
+        Separator(models, **{"context": "cpu", **options})
 
 
 def test_a_hop_must_not_leave_gaps():
-    model = separate.SpectrogramModel(random_params(), ["bass"], N_FFT // 2 + 1, RATE)
+    model = trained.described(random_params(), ["bass"], N_FFT // 2 + 1, RATE)
     with pytest.raises(UsageError, match="gaps"):
         Separator([model], context="cpu")
 
@@ -366,10 +369,11 @@ def test_a_joint_model_is_its_formula():
     h = np.mean(reduced, axis=0)
     both = np.concatenate([h, np.mean([lstm(p, h) for p in nets], axis=0)], axis=1)
     variable = nn.Variable.from_numpy_array(X)
-    joint = separate.SpectrogramModel(joint_params(**sizes), TARGETS, N_HOP, RATE)
+    joint = trained.described(joint_params(**sizes), TARGETS, N_HOP, RATE)
     estimates = joint(variable)
-    nn.forward_all(estimates)
-    for target, estimate, p in zip(TARGETS, estimates, nets):
+    nn.forward_all(list(estimates.values()))
+    assert tuple(estimates) == TARGETS
+    for (target, estimate), p in zip(estimates.items(), nets):
         z = bn(p, "fc3", np.maximum(0, bn(p, "fc2", both @ p["fc2/affine/W"])) @ p["fc3/affine/W"]).reshape(X.shape)
         expected = np.maximum(0, z * p["output_scale"] + p["output_mean"]) * X
         np.testing.assert_allclose(estimate.d, expected, atol=1e-5 * expected.max(), err_msg=target)
@@ -593,7 +597,7 @@ def test_stems_have_rate_channels_and_length_of_the_recording(folder, tmp_path, 
 def test_long_recordings_are_read_and_written_in_blocks(folder, tmp_path, monkeypatch):
     soundfile.write(tmp_path / "song.flac", song(9001).T, 11025, "PCM_24")
     run(folder, tmp_path / "whole", tmp_path / "song.flac")
-    monkeypatch.setattr(separate, "BLOCK", 1000)
+    monkeypatch.setattr(audio, "BLOCK", 1000)
     run(folder, tmp_path / "blocks", tmp_path / "song.flac")
     whole, blocks = read(tmp_path / "whole"), read(tmp_path / "blocks")
     for name in names():
@@ -603,8 +607,8 @@ def test_long_recordings_are_read_and_written_in_blocks(folder, tmp_path, monkey
 @pytest.mark.parametrize("extension", ["wav", "mp3", "m4a"])
 def test_start_and_duration_each_alone(folder, recordings, tmp_path, extension):
     def cut(first, last):
-        whole = np.concatenate(list(separate._open_audio(recordings / f"song.{extension}", 0, None)[2]))
-        return Separator.load(folder, ["bass"], context="cpu")(whole[first:last].T, RATE)["bass"]
+        whole = np.concatenate(list(audio._open_audio(recordings / f"song.{extension}", 0, None)[2]), axis=1)
+        return Separator.load(folder, ["bass"], context="cpu")(whole[:, first:last], RATE)["bass"]
 
     for number, (options, first, last) in enumerate(
         [
@@ -627,11 +631,11 @@ def test_mp3_that_does_not_say_how_long_it_is(folder, recordings, tmp_path, monk
     assert soundfile.info(tmp_path / "song.mp3").frames < 100000
     run(folder, tmp_path / "out", tmp_path / "song.mp3", "--targets", "bass")
     assert soundfile.info(tmp_path / "out/song/bass.wav").frames >= 120000
-    assert not separate._is_guessed(recordings / "song.mp3")
+    assert not audio._is_guessed(recordings / "song.mp3")
     with open(recordings / "song.mp3", "rb") as stream:  # a tag with a picture
         tagged = b"ID3\4\0\0\0\0\x7f\x7f" + bytes(0x3FFF) + stream.read()
     (tmp_path / "tagged.mp3").write_bytes(tagged)
-    assert not separate._is_guessed(tmp_path / "tagged.mp3")
+    assert not audio._is_guessed(tmp_path / "tagged.mp3")
 
 
 def test_several_inputs_and_folders(folder, recordings, tmp_path, capsys):
@@ -737,6 +741,8 @@ ELSEWHERE = {
     "outdir": "test_where_stems_go_by_default",
     "ext": "test_nothing_clips_in_silence",
     "model_dir": "tests/test_pretrained.py",
+    "network": "tests/test_networks.py",
+    "network_options": "tests/test_networks.py",
     "segment": "test_long_recordings_are_cut",
     "context": "test_bad_options",
     "device_id": "cannot be tested without a GPU: it names one of several",
@@ -778,7 +784,7 @@ def test_long_recordings_are_cut(tmp_path):
 def test_threads(folder, recordings, tmp_path):
     for number in (1, 3):
         run(folder, tmp_path / str(number), recordings / "song.wav", "--threads", number)
-        assert kernels.get_threads() == number
+        assert kernels.threads.get_threads() == number
     one, three = read(tmp_path / "1"), read(tmp_path / "3")
     for name in names():
         np.testing.assert_allclose(one[name], three[name], atol=1e-5)
@@ -808,6 +814,7 @@ def test_quiet(folder, tmp_path, capfd):
         (["--niter", "-1"], "at least 0"),
         (["--alpha", "0"], "more than 0"),
         (["--alpha", "2"], "softmask"),
+        (["--softmask", "--targets", "bass"], "it needs two of them"),
         (["--residual", "bass"], "two stems of one name"),
         (["--residual", "a/b"], "names of files"),
         (["--start", "-1"], "at least 0"),
@@ -922,14 +929,14 @@ def test_without_ffmpeg(folder, recordings, tmp_path, capsys, monkeypatch):
 def test_stems_are_replaced_together_or_not_at_all(folder, recordings, tmp_path, capsys, monkeypatch, error):
     run(folder, tmp_path, recordings / "song.wav")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.wav")}
-    whole, count = separate._write_audio, iter(range(9))
+    whole, count = audio.write, iter(range(9))
 
     def write(*arguments):
         whole(*arguments)
         if next(count) == 2:
             raise error
 
-    monkeypatch.setattr(separate, "_write_audio", write)
+    monkeypatch.setattr(audio, "write", write)
     with pytest.raises(SystemExit):
         run(folder, tmp_path, recordings / "song.wav", "--niter", "0")
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -943,6 +950,6 @@ def test_the_script_itself(folder, recordings, tmp_path):
     command = [sys.executable, separate.__file__, bad, recordings / "song.wav", "--model", folder, "--quiet"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 2 and result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if "[nnabla][INFO]" not in line and "compiling" not in line]
+    lines = [line for line in result.stderr.splitlines() if "compiling" not in line]
     assert lines == [f"separate.py: {bad} is truncated"]
     assert set(read(tmp_path / "song_tiny")) == {f"{target}.wav" for target in TARGETS}

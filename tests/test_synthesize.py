@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
+import music
 import synthesize
 import utils
 
@@ -23,7 +24,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def played():
     """Four songs of 20 s: dicts of name -> audio (nb_channels, nb_timesteps)."""
-    return [synthesize.song(np.random.default_rng((7, index)), 20, RATE) for index in range(4)]
+    return [music.song(np.random.default_rng((7, index)), 20, RATE) for index in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +179,7 @@ def test_command_line(tmp_path, capsys):
 @pytest.mark.parametrize("duration, rate", [(1.01, 44100), (4, 44100), (4, 16000)])
 def test_short_songs_and_other_rates_have_every_source(duration, rate):
     for index in range(4):
-        sources = synthesize.song(np.random.default_rng(index), duration, rate)
+        sources = music.song(np.random.default_rng(index), duration, rate)
         for name, audio in sources.items():
             assert audio.shape == (2, round(duration * rate)) and audio.dtype == np.float32
             assert np.sqrt(np.mean(audio**2)) > 0.01, (name, index)  # also false for NaN
@@ -238,8 +239,8 @@ def test_sources_share_their_key(powers):
 
 def test_drums_fall_on_the_grid():
     """Kick and snare patterns come out where the score says: the drums' energy peaks on the sixteenths."""
-    score = synthesize.compose(np.random.default_rng(3), 12, RATE)._replace(late="", swing=0.0)
-    drums = np.sum(synthesize.play_drums(np.random.default_rng(3), score) ** 2, axis=0)
+    score = music.compose(np.random.default_rng(3), 12, RATE)._replace(late="", swing=0.0)
+    drums = np.sum(music.play_drums(np.random.default_rng(3), score) ** 2, axis=0)
     window = int(0.03 * RATE)
     steps = [score.at(step) for step in range(4, 16 * len(score.bars)) if score.at(step + 1) < score.nb_timesteps]
     on = sum(np.sum(drums[start : start + window]) for start in steps)
@@ -248,21 +249,29 @@ def test_drums_fall_on_the_grid():
 
 
 def test_tone_plays_the_pitch_and_has_no_aliases():
-    t = synthesize.seconds(RATE, RATE)
+    t = music.seconds(RATE, RATE)
     harmonics = 1 / np.arange(1, 61)
-    sound = synthesize.tone(np.full(RATE, 1000.0), harmonics, harmonics, 0.5, RATE)
+    sound = music.tone(np.full(RATE, 1000.0), harmonics, harmonics, 0.5, RATE)
     amplitude = np.abs(np.fft.rfft(sound)) * 2 / RATE  # one bin is 1 Hz
     np.testing.assert_allclose(amplitude[1000:20000:1000], harmonics[:19], rtol=0.02)
     amplitude[1000:20000:1000] = 0
     assert np.max(amplitude) < 1e-3
-    blended = synthesize.tone(np.full(RATE, 1000.0), np.array([1.0]), np.array([0.0, 1.0]), t, RATE)
+    blended = music.tone(np.full(RATE, 1000.0), np.array([1.0]), np.array([0.0, 1.0]), t, RATE)
     start, end = (np.abs(np.fft.rfft(blended[part])) for part in (slice(4410), slice(-4410, None)))
     assert np.argmax(start) == 100 and np.argmax(end) == 200  # bins of 10 Hz
 
 
 def test_swing_delays_the_middle_of_the_beat():
-    score = synthesize.compose(np.random.default_rng(0), 10, RATE)
+    score = music.compose(np.random.default_rng(0), 10, RATE)
     straight, triplet = score._replace(swing=0.0), score._replace(swing=1 / 3)
     beat = straight.at(4)
     assert [round(6 * straight.at(step) / beat) for step in (0, 2, 4, 6, 8)] == [0, 3, 6, 9, 12]
     assert [round(6 * triplet.at(step) / beat) for step in (0, 2, 4, 6, 8)] == [0, 4, 6, 10, 12]
+
+
+def test_a_sound_is_placed_where_it_is_to_be():
+    """At constant power from left to right, and cut at the end."""
+    for pan, left, right in ((-1, 1, 0), (0, 0.5**0.5, 0.5**0.5), (1, 0, 1)):
+        track = np.zeros((2, 5), np.float32)
+        music.place(track, np.array([1, 2, 3], np.float32), 3, pan, gain=0.5)
+        np.testing.assert_allclose(track, np.outer([left, right], [0, 0, 0, 0.5, 1]), atol=1e-6)

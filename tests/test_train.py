@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 import args
 import data
-import kernels
+import kernels.threads
 import pretrained
-import separate
 import train
+import trained
 import weights
 
 TINY = ["--nfft", "1024", "--nhop", "512", "--hidden-size", "8", "--seq-dur", "0.3", "--batch-size", "4"]
@@ -73,8 +74,8 @@ def test_the_saved_weights_are_those_of_the_best_epoch(songs, tmp_path, monkeypa
     losses = iter([3.0, 2.0, 4.0])
     seen = []
 
-    def validate(net, source):
-        seen.append(weights.get_parameters())
+    def validate(model, source):
+        seen.append(model.get_parameters())
         return next(losses)
 
     monkeypatch.setattr(train, "validate", validate)
@@ -134,6 +135,142 @@ def test_an_interruption_within_an_epoch_loses_only_that_epoch(songs, tmp_path, 
     assert_same_state(elsewhere, uninterrupted[0])
 
 
+def test_a_command_that_is_repeated_after_its_end_says_so(songs, tmp_path, uninterrupted, monkeypatch, capsys):
+    """Also if it was killed between the last checkpoint and the files that show it: they are made up for."""
+    write, calls = train.write_log, []
+
+    def interrupted(output, name, log):
+        calls.append(log["epochs_trained"])
+        if calls[-1] == 3:
+            raise KeyboardInterrupt
+        write(output, name, log)
+
+    monkeypatch.setattr(train, "write_log", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run(songs, tmp_path, "--epochs", "3")
+    assert stop.value.code == 130 and calls == [1, 2, 3]
+    monkeypatch.undo()
+    (tmp_path / "bass.png").unlink()
+    for _ in range(2):
+        capsys.readouterr()
+        log = run(songs, tmp_path, "--epochs", "3", "--checkpoint", tmp_path)
+        assert "3 epochs: nothing is left to train" in capsys.readouterr().out
+        assert without_times(log) == without_times(uninterrupted[1])
+        assert_same_state(tmp_path, uninterrupted[0])
+        assert (tmp_path / "bass.png").exists()
+        series = Path("monitor/bass/validation-loss.series.txt")
+        assert (tmp_path / series).read_text() == (uninterrupted[0] / series).read_text()
+
+
+def test_early_stopping_is_an_end(songs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "validate", lambda model, source: 1.0)
+    options = ["--epochs", "9", "--patience", "2"]
+    assert run(songs, tmp_path, *options)["epochs_trained"] == 3
+    before = state(tmp_path)
+    assert run(songs, tmp_path, *options, "--checkpoint", tmp_path)["epochs_trained"] == 3
+    assert not differs(before, state(tmp_path))
+    assert "--patience decides" in capsys.readouterr().out
+    assert run(songs, tmp_path, "--epochs", "9", "--patience", "4", "--checkpoint", tmp_path)["epochs_trained"] == 5
+
+
+def test_resuming_brings_the_best_weights_whole_or_not_at_all(songs, tmp_path, uninterrupted, monkeypatch, capsys):
+    def full(source, destination):
+        Path(destination).write_bytes(Path(source).read_bytes()[:1000])
+        raise OSError(28, "No space left on device")
+
+    options = ["--epochs", "3", "--checkpoint", uninterrupted[0]]
+    monkeypatch.setattr(train.shutil, "copyfile", full)
+    with pytest.raises(SystemExit) as stop:
+        run(songs, tmp_path / "new", *options)
+    assert stop.value.code == 1 and not any(path.suffix == ".h5" for path in (tmp_path / "new").iterdir())
+    monkeypatch.undo()
+    run(songs, tmp_path / "new", *options)
+    assert (tmp_path / "new" / "bass.h5").read_bytes() == (uninterrupted[0] / "bass.h5").read_bytes()
+    assert json.loads((tmp_path / "new" / "separator.json").read_text())["targets"] == ["bass"]
+
+    # never over, nor beside, the weights of another training
+    run(songs, tmp_path / "other", "--seed", "43")
+    other = (tmp_path / "other" / "bass.h5").read_bytes()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(songs, tmp_path / "other", *options)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "is of another training" in error and error.count("\n") == 1
+    assert (tmp_path / "other" / "bass.h5").read_bytes() == other
+
+    (tmp_path / "other" / "bass.h5").unlink()
+    with pytest.raises(SystemExit) as stop:
+        run(songs, tmp_path / "newer", "--epochs", "4", "--checkpoint", tmp_path / "other")
+    assert stop.value.code == 2 and "the best weights so far" in capsys.readouterr().err
+
+
+def test_a_target_is_listed_when_it_has_weights(songs, tmp_path, monkeypatch):
+    """An interruption in the first epoch of another target leaves the finished one's folder as it was."""
+    run(songs, tmp_path)
+    before = (tmp_path / "separator.json").read_bytes()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_epoch", interrupt)
+    with pytest.raises(SystemExit):
+        run(songs, tmp_path, "--target", "drums")
+    assert (tmp_path / "separator.json").read_bytes() == before
+    assert [model.targets for model in trained.load_models(tmp_path)[0]] == [["bass"]]
+
+
+def test_options_that_are_given_count_even_if_they_equal_the_default(songs, tmp_path, capsys):
+    run(songs, tmp_path, "--lr", "0.01", "--bandwidth", "5000")
+    again = ["--checkpoint", tmp_path, "--epochs", "2"]
+    model = [option for option in TINY if option not in ("--nfft", "1024", "--nhop", "512", "--hidden-size", "8")]
+    for options, message in (
+        ([*again, "--lr", "0.001"], "--lr 0.001: "),
+        ([*again, "--bandwidth", "16000"], "--bandwidth 16000: "),
+        ([*again, "--target", "drums"], "cannot read the checkpoint"),
+        (["--checkpoint", tmp_path / "bass.checkpoint.npz", "--target", "drums"], "trains bass, not drums"),
+        (["--model", tmp_path, "--bandwidth", "16000"], "--bandwidth 16000: "),
+        (["--model", tmp_path, "--nhop", "1024"], "--nhop 1024: "),
+        (["--model", tmp_path, "--hidden-size", "512"], "--hidden-size 512: "),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            train.main([*model, "--root", str(songs), "--output", str(tmp_path / "o"), *map(str, options)])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and message in error and error.count("\n") == 1, error
+    assert not (tmp_path / "o").exists()
+    assert run(songs, tmp_path, *again)["lr_history"] == [0.01, 0.01]
+    log = run(songs, tmp_path / "fine", "--model", tmp_path, "--bandwidth", "5000")  # it says the same
+    assert log["network"]["options"]["max_bin"] == 117 and log["args"]["bandwidth"] == 5000
+
+
+def test_random_numbers_of_another_scheme_are_not_continued(songs, tmp_path, capsys):
+    run(songs, tmp_path)
+    with np.load(tmp_path / "bass.checkpoint.npz") as archive:
+        arrays = dict(archive)
+    meta = json.loads(str(arrays["meta"]))
+    assert meta["log"]["randomness"] == data.RANDOMNESS > 1
+    del meta["log"]["randomness"]  # as trainings of the first scheme did
+    np.savez(tmp_path / "bass.checkpoint.npz", **{**arrays, "meta": np.array(json.dumps(meta))})
+    with pytest.raises(SystemExit) as stop:
+        run(songs, tmp_path, "--checkpoint", tmp_path, "--epochs", "2")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "by scheme 1" in error and "--model" in error and error.count("\n") == 1
+
+
+def test_a_checkpoint_is_replaced_whole_or_kept(songs, tmp_path, monkeypatch):
+    run(songs, tmp_path)
+    before = (tmp_path / "bass.checkpoint.npz").read_bytes()
+
+    def full(stream, **arrays):
+        stream.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(SystemExit) as stop:
+        run(songs, tmp_path, "--epochs", "2", "--checkpoint", tmp_path)
+    assert stop.value.code == 1 and (tmp_path / "bass.checkpoint.npz").read_bytes() == before
+
+
 # --------------------------------------------------------------------------- flags have effects
 
 # A run with these options, and what it must differ in from the base run.
@@ -171,6 +308,9 @@ ELSEWHERE = {
     "patience": "test_schedule",
     "lr_decay_patience": "test_schedule",
     "lr_decay_gamma": "test_schedule",
+    "targets": "tests/test_networks.py",
+    "network": "tests/test_networks.py",
+    "network_options": "tests/test_networks.py",
 }
 
 
@@ -225,7 +365,7 @@ def test_fine_tuning_of_a_published_model(songs, tmp_path, base, monkeypatch):
     """The file that `pretrained` has fetched, here one of ours, brings the network's shape."""
     config = {"nfft": 1024, "nhop": 512, "sample_rate": 44100, "nb_channels": 2}
     monkeypatch.setitem(pretrained.MODELS, "umx", pretrained.Published("", {}, config))
-    monkeypatch.setattr(pretrained, "fetch", lambda name, targets, quiet: {"bass": base[0] / "bass.h5"})
+    monkeypatch.setattr(pretrained, "fetch", lambda name, targets, model_dir, quiet: {"bass": base[0] / "bass.h5"})
     options = [option for option in TINY if option not in ("--nfft", "1024", "--nhop", "512", "--hidden-size", "8")]
     options += ["--root", str(songs), "--epochs", "1", "--output", str(tmp_path), "--model", "umx", "--lr", "1e-12"]
     train.main(options)
@@ -246,7 +386,7 @@ def test_the_best_of_several_seeds_are_a_model(songs, tmp_path, monkeypatch):
     for target in args.TARGETS:
         best = "1" if losses[target, "1"] < losses[target, "2"] else "2"
         assert Path(f"best/{target}.h5").read_bytes() == Path(f"runs/{best}/{target}.h5").read_bytes()
-    models, _ = separate.load_models("best")
+    models, _ = trained.load_models("best")
     assert [model.targets for model in models] == [[target] for target in args.TARGETS]
 
 
@@ -267,14 +407,14 @@ def test_workers_prepare_batches(songs, tmp_path, base, monkeypatch):
 def test_threads(songs, tmp_path, base):
     """Bit-identical for the same number of threads, and equal but for rounding for another."""
     run(songs, tmp_path / "one", "--threads", "1")
-    assert kernels.get_threads() == 1
+    assert kernels.threads.get_threads() == 1
     run(songs, tmp_path / "again", "--threads", "1")
     assert_same_state(tmp_path / "one", tmp_path / "again")
     run(songs, tmp_path / "three", "--threads", "3")
-    assert kernels.get_threads() == 3
+    assert kernels.threads.get_threads() == 3
     one, three = state(tmp_path / "one"), state(tmp_path / "three")
     for name in one:
-        if not name.endswith("input_mean"):  # whose gradient is rounding noise
+        if "input_mean" not in name:  # whose gradient, and so its moments, are rounding noise
             np.testing.assert_allclose(one[name], three[name], atol=1e-4 * np.abs(one[name]).max(), err_msg=name)
 
 
@@ -315,7 +455,6 @@ def test_whole_tracks(songs, tmp_path, base):
         (["--context", "cudnn"], "--context cudnn does not work here"),
         (["--checkpoint", "{tmp}"], "cannot read the checkpoint"),
         (["--checkpoint", "{tmp}/file"], "cannot read the checkpoint"),
-        (["--checkpoint", "{base}"], "raise --epochs"),
         (["--checkpoint", "{base}", "--epochs", "2", "--lr", "0.1"], "--lr 0.1"),
         (["--model", "{tmp}"], "no weights of the target 'bass'"),
         (["--model", "umxx"], "unknown model 'umxx'"),
@@ -326,7 +465,7 @@ def test_whole_tracks(songs, tmp_path, base):
         (["--batch-size", "0"], "at least 1"),
         (["--lr", "nan"], "more than 0"),
         (["--nb-channels", "3"], "invalid choice"),
-        (["--source-augmentations", "reverb"], "invalid choice"),
+        (["--source-augmentations", "reverb"], "unknown augmentation 'reverb': there are gain, channelswap"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -340,6 +479,17 @@ def test_bad_input(songs, tmp_path, base, capsys, options, message):
     assert stop.value.code == 2
     assert message in error and error.count("\n") == 1
     assert not list(tmp_path.rglob("*.h5")) and not list(tmp_path.rglob("*.json"))
+
+
+def test_tracks_that_a_network_cannot_take(songs, tmp_path, capsys):
+    for path in songs.glob("train/*/*.wav"):
+        (tmp_path / path.relative_to(songs)).parent.mkdir(parents=True, exist_ok=True)
+        audio, rate = soundfile.read(path)
+        soundfile.write(tmp_path / path.relative_to(songs), audio.mean(axis=1), rate)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, tmp_path / "output")
+    assert stop.value.code == 2 and "use --nb-channels 1" in capsys.readouterr().err
+    assert run(tmp_path, tmp_path / "output", "--nb-channels", "1")["epochs_trained"] == 1
 
 
 def test_the_script_itself_fails_without_a_traceback(tmp_path):

@@ -19,6 +19,26 @@ def test_atomic_path_keeps_the_old_file_on_failure(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_atomic_path_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Else a machine that loses power right after may find the name, and nothing under it."""
+    events, sync, replace = [], os.fsync, os.replace
+
+    def fsync(number):
+        events.append(("on the disk", os.fstat(number).st_ino, os.fstat(number).st_size))
+        sync(number)
+
+    def rename(source, target):
+        events.append(("renamed", os.stat(source).st_ino, os.stat(source).st_size))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", rename)
+    utils.write_json(tmp_path / "value.json", "x" * 5000)
+    file = (tmp_path / "value.json").stat()
+    place = events.index(("renamed", file.st_ino, file.st_size))
+    assert ("on the disk", file.st_ino, file.st_size) in events[:place]
+
+
 @pytest.mark.parametrize(
     "error, status", [(utils.UsageError("bad input"), 2), (OSError("disk full"), 1), (KeyboardInterrupt(), 130)]
 )
@@ -94,3 +114,23 @@ def test_folder_that_cannot_be_written_is_a_usage_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(utils.UsageError, match="cannot write"):
         utils.writable_folder(tmp_path / "file" / "below")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="this system has no folder that not even root can write to")
+def test_a_folder_without_room_for_files_is_a_usage_error():
+    with pytest.raises(utils.UsageError, match="cannot write to the output folder /proc"):
+        utils.writable_folder("/proc")
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "\xff"])
+def test_a_file_that_is_not_json_is_a_usage_error(tmp_path, content):
+    path = tmp_path / "value.json"
+    if content is not None:
+        path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(utils.UsageError, match="cannot read .*value.json"):
+        utils.read_json(path)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/", "a/b", "../a", "a/", "a\0b"])
+def test_names_of_other_places(name):
+    assert utils.is_file_name("..a") and utils.is_file_name("a.b") and not utils.is_file_name(name)

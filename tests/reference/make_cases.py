@@ -199,11 +199,18 @@ def early_stops(losses, patience):
 
 def helpers():
     rng = np.random.default_rng(0)
-    epochs = np.arange(3000)
-    # falling more and more slowly, with noise; rounded so that equal losses occur
-    losses = np.round(1 + 5 * np.exp(-epochs / 200) + 0.3 * rng.random(len(epochs)) ** 2, 3)
-    schedules = [(1e-3, 0.3, 80), (1e-3, 0.3, 8), (1e-2, 0.7, 20), (1e-3, 0.5, 0)]
-    patiences = [140, 20, 1]
+    # Plateaus: each is lower than the last by less or by more than the scheduler's threshold, a relative 1e-4, and
+    # in it losses repeat, or are higher. Between them two large falls, since a threshold could be meant absolutely.
+    level, losses = 300.0, []
+    while len(losses) < 3000:
+        above = rng.choice([0, 1e-5, 1e-3], rng.choice([1, 2, 3, 10, 30, 150])) * rng.random()
+        losses.extend(level * (1 + above))
+        level *= 1 - rng.choice([0.5e-4, 0.9e-4, 1.1e-4, 2e-4])
+        if len(losses) // 1000 > (len(losses) - len(above)) // 1000:
+            level /= 100
+    losses = np.array(losses[:3000])
+    schedules = [(1e-3, 0.3, 80), (1e-3, 0.3, 8), (1e-2, 0.7, 20), (1e-3, 0.5, 0), (1e-3, 0.3, 2)]
+    patiences = [140, 20, 12, 1]
     bands = [
         (rate, n_fft, bandwidth)
         for rate in (44100, 48000, 32000, 22050, 16000, 8000)

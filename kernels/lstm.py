@@ -1,0 +1,249 @@
+"""Stacked bidirectional LSTM, forward and backward pass."""
+
+from typing import Optional
+
+import numpy as np
+
+from kernels.compiler import IN, INT, OUT, SUMS, inline, kernel, tanh
+from kernels.products import PANEL, matmul, panels, products, small_product
+from kernels.threads import get_threads, run, split
+from kernels.training import dropout
+
+
+@inline
+def _quarters(row):
+    """The gates i, f, g, o in a row of them."""
+    size = len(row) // 4
+    return row[:size], row[size : 2 * size], row[2 * size : 3 * size], row[3 * size :]
+
+
+@kernel
+def _lstm_forward(gates: OUT(4), bias: IN(2), panels: IN(3), c: OUT(4), h: OUT(4), d: INT, first: INT, last: INT):
+    nb_frames, _, nb_directions, size = h.shape
+    rows = last - first
+    z = np.zeros((rows, panels.shape[0] * PANEL), np.float32)
+    zeros = np.zeros(size, np.float32)
+    for step in range(nb_frames):
+        t = nb_frames - 1 - step if d else step
+        before = t + 1 if d else t - 1
+        for r in range(rows):
+            row, preset, b = gates[t, first + r, d], z[r], bias[d]
+            for j in range(len(row)):
+                preset[j] = row[j] + b[j]
+        if step > 0:
+            small_product(h[before, first, d].ctypes.data, h.strides[1] // 4, rows, panels, z)
+        for r in range(rows):
+            n = first + r
+            row, preset = gates[t, n, d], z[r]
+            for j in range(len(row)):  # sigmoid(x) = tanh(x / 2) / 2 + 1 / 2: one loop for all gates
+                is_g = 2 * size <= j < 3 * size
+                scale = np.float32(1) if is_g else np.float32(0.5)
+                row[j] = (np.float32(1) - scale) + scale * tanh(scale * preset[j])
+            i, f, g, o = _quarters(row)
+            c_before, c_now, h_now = c[before, n, d] if step > 0 else zeros, c[t, n, d], h[t, n, d]
+            for j in range(size):
+                c_now[j] = f[j] * c_before[j] + i[j] * g[j]
+            for j in range(size):
+                h_now[j] = o[j] * tanh(c_now[j])
+
+
+@kernel
+def _lstm_backward(
+    gates: OUT(4), panels: IN(3), c: IN(4), dy: IN(4), d: INT, first: INT, last: INT, sums: SUMS, part: INT
+):
+    nb_frames, _, nb_directions, size = dy.shape
+    rows = last - first
+    dbias = sums[part]
+    dbias[:] = 0
+    dh = np.zeros((rows, panels.shape[0] * PANEL), np.float32)
+    dc, zeros = np.zeros((rows, size), np.float32), np.zeros(size, np.float32)
+    one = np.float32(1)
+    for step in range(nb_frames):
+        t = step if d else nb_frames - 1 - step
+        before, after = (t + 1, t - 1) if d else (t - 1, t + 1)
+        for r in range(rows):
+            source, target = dy[t, first + r, d], dh[r]
+            for j in range(size):
+                target[j] = source[j]
+        if step > 0:
+            small_product(gates[after, first, d].ctypes.data, gates.strides[1] // 4, rows, panels, dh)
+        for r in range(rows):
+            n = first + r
+            c_before, c_now = c[before, n, d] if step < nb_frames - 1 else zeros, c[t, n, d]
+            row = gates[t, n, d]
+            i, f, g, o = _quarters(row)  # each becomes its gradient
+            dh_now, dc_now = dh[r, :size], dc[r]
+            for j in range(size):  # h = o tanh(c)
+                tanh_c = tanh(c_now[j])
+                dc_now[j] += dh_now[j] * o[j] * (one - tanh_c * tanh_c)
+                o[j] = dh_now[j] * tanh_c * o[j] * (one - o[j])
+            for j in range(size):  # c = f c_before + i g
+                di = dc_now[j] * g[j] * i[j] * (one - i[j])
+                g[j] = dc_now[j] * i[j] * (one - g[j] * g[j])
+                i[j] = di
+            for j in range(size):
+                dc_before = dc_now[j] * f[j]
+                f[j] = dc_before * c_before[j] * (one - f[j])
+                dc_now[j] = dc_before
+            for j in range(len(row)):
+                dbias[j] += row[j]
+
+
+def _recurrences(nb_directions, nb_samples):
+    """(direction, first sample, last sample) of each task: samples do not depend on each other."""
+    samples = split(nb_samples, -(-get_threads() // nb_directions))
+    return [(d, *part) for part in samples for d in range(nb_directions)]
+
+
+def lstm_layer(
+    x: np.ndarray, weight: np.ndarray, bias: np.ndarray, gates: np.ndarray, c: np.ndarray, h: np.ndarray
+) -> None:
+    """One LSTM layer, initial states zero, gates in the order input, forget, cell, output.
+
+    Args:
+        x: (T, N, I)
+        weight: (D, 4, size, I + size), bias: (D, 4, size)
+        gates: (T, N, D, 4 · size), written: the gates behind their sigmoid and tanh
+        c, h: (T, N, D, size), written: cell and output
+    """
+    nb_directions, size, nb_inputs = weight.shape[0], weight.shape[2], x.shape[2]
+    nb_rows = x.shape[0] * x.shape[1]
+    # towards all gates of both directions at once
+    flat = weight.reshape(nb_directions * 4 * size, -1)
+    matmul(x.reshape(nb_rows, -1), flat[:, :nb_inputs].T, gates.reshape(nb_rows, -1))
+    recurrent = [panels(w.reshape(4 * size, -1)[:, nb_inputs:].T) for w in weight]
+    bias = bias.reshape(nb_directions, -1)
+    run(
+        [
+            (_lstm_forward, gates, bias, recurrent[d], c, h, d, *part)
+            for d, *part in _recurrences(nb_directions, x.shape[1])
+        ]
+    )
+
+
+def lstm_layer_backward(
+    x: np.ndarray,
+    weight: np.ndarray,
+    gates: np.ndarray,
+    c: np.ndarray,
+    h: np.ndarray,
+    dy: np.ndarray,
+    dx: Optional[np.ndarray],
+    dweight: Optional[np.ndarray],
+    accumulate: tuple[bool, bool] = (False, False),
+) -> np.ndarray:
+    """Gradients of `lstm_layer`; the gates are overwritten with their own.
+
+    Args:
+        dy: (T, N, D, size)
+        dx: like x, or None
+        dweight: like weight, or None
+        accumulate: whether to add to dx, to dweight
+    Returns:
+        dbias (D, 4, size)
+    """
+    nb_directions, size, nb_inputs = weight.shape[0], weight.shape[2], x.shape[2]
+    nb_samples, nb_rows = x.shape[1], x.shape[0] * x.shape[1]
+    recurrent = [panels(w.reshape(4 * size, -1)[:, nb_inputs:]) for w in weight]
+    recurrences = _recurrences(nb_directions, nb_samples)
+    sums = np.empty((len(recurrences), 4 * size))  # of the gates' gradients, over frames and a task's samples
+    run([(_lstm_backward, gates, recurrent[d], c, dy, d, *part, sums, i) for i, (d, *part) in enumerate(recurrences)])
+
+    flat, x, d_gates = weight.reshape(nb_directions * 4 * size, -1), x.reshape(nb_rows, -1), gates.reshape(nb_rows, -1)
+    tasks = []
+    if dx is not None:
+        tasks += products(d_gates, flat[:, :nb_inputs], dx.reshape(nb_rows, -1), accumulate[0])
+    if dweight is not None:
+        d_flat = dweight.reshape(nb_directions * 4 * size, -1)
+        tasks += products(d_gates.T, x, d_flat[:, :nb_inputs], accumulate[1])
+        h = h.reshape(nb_rows, -1)
+        for d in range(nb_directions):
+            # frame t reads the h of frame t − 1, or of t + 1 in the reverse direction
+            reader, read = (slice(0, -nb_samples), slice(nb_samples, None))[:: 1 if d else -1]
+            own = slice(4 * size * d, 4 * size * (d + 1))
+            if nb_rows > nb_samples:
+                tasks += products(
+                    d_gates[reader, own].T, h[read, size * d : size * (d + 1)], d_flat[own, nb_inputs:], accumulate[1]
+                )
+            elif not accumulate[1]:
+                d_flat[own, nb_inputs:] = 0
+    run(tasks)
+    # tasks alternate between the directions
+    return sums.reshape(-1, nb_directions, 4, size).sum(0).astype(np.float32)
+
+
+class Lstm:
+    """Stacked LSTM with dropout between the layers, and the memory of what the backward pass needs."""
+
+    def __init__(self):
+        self.layers = []
+        self.buffers = {}
+
+    def _buffer(self, name, shape):
+        """An array that is kept from step to step: memory fresh from the system costs a tenth of the time."""
+        if name not in self.buffers or self.buffers[name].shape != shape:
+            self.buffers[name] = np.empty(shape, np.float32)
+        return self.buffers[name]
+
+    def _input(self, h, layer):
+        """The input of a layer > 0: the output of the one below, (T, N, D, size), with dropout."""
+        h = h.reshape(h.shape[:2] + (-1,))
+        if self.p == 0:
+            return h
+        out = self._buffer("input", h.shape)
+        dropout(h.reshape(-1), self.p, self.seed, layer, out.reshape(-1))
+        return out
+
+    def forward(self, x: np.ndarray, weights: list, biases: list, p: float, seed: int, out: np.ndarray, keep: bool):
+        """Args:
+        x: (T, N, I)
+        weights: per layer (D, 4, size, inputs + size)
+        biases: per layer (D, 4, size)
+        p, seed: probability of dropout, 0 for none, and its 32 bits
+        out: (T, N, D · size), written
+        keep: what `backward` needs; without, memory does not grow with the number of layers
+        """
+        self.p, self.seed = p, seed
+        self.layers = []
+        nb_directions, _, size, _ = weights[0].shape
+        shape = x.shape[:2] + (nb_directions,)
+        below = x
+        for k, (weight, bias) in enumerate(zip(weights, biases)):
+            last = k == len(weights) - 1
+            slot = k if keep else 0
+            gates = self._buffer(("gates", slot), shape + (4 * size,))
+            c = self._buffer(("c", slot), shape + (size,))
+            h = out.reshape(c.shape) if last else self._buffer(("h", k if keep else k % 2), c.shape)
+            lstm_layer(below, weight, bias, gates, c, h)
+            self.layers.append((gates, c, h))
+            if not last:
+                below = self._input(h, k + 1)
+        if not keep:
+            self.layers, self.buffers = [], {}
+
+    def backward(
+        self, x: np.ndarray, weights: list, dy: np.ndarray, dx: Optional[np.ndarray], dweights: list, accumulate: list
+    ) -> list:
+        """Gradients, into dx and dweights (None: not wanted); `forward` comes first each time.
+
+        Args:
+            dy: (T, N, D · size)
+            accumulate: whether to add to dx, then to each of dweights
+        Returns:
+            gradients of the biases
+        """
+        dbiases = []
+        for k in reversed(range(len(weights))):
+            gates, c, h = self.layers.pop()
+            if k == 0:
+                below, d_below, add = x, dx, accumulate[0]
+            else:
+                below, add = self._input(self.layers[-1][2], k), False
+                d_below = self._buffer(("d_below", k % 2), below.shape)
+            options = (add, accumulate[1 + k])
+            dy = dy.reshape(c.shape)
+            dbiases.append(lstm_layer_backward(below, weights[k], gates, c, h, dy, d_below, dweights[k], options))
+            if k > 0 and self.p > 0:
+                dropout(d_below.reshape(-1), self.p, self.seed, k, d_below.reshape(-1))
+            dy = d_below
+        return dbiases[::-1]

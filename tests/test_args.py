@@ -1,0 +1,95 @@
+"""What holds for every command line."""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import args
+import separate
+
+ROOT = Path(args.__file__).parent
+COMMANDS = sorted(path.name for path in ROOT.glob("*.py") if path.read_text().endswith("\n    main()\n"))
+PARSERS = {name: build for name, build in vars(args).items() if name.endswith("_parser")}
+
+
+@pytest.fixture(params=PARSERS)
+def parser(request):
+    return PARSERS[request.param]()
+
+
+def test_every_option_has_help_with_its_default_once_if_that_says_something(parser):
+    options = re.split(r"\n(?=\S|  \S)", parser.format_help())  # with the lines that an option goes on in
+    options = [" ".join(text.split()) for text in options]
+    for action in parser._actions:
+        name = action.option_strings[-1] if action.option_strings else action.dest
+        text = next(text for text in options if re.match(rf"(-\w, )?{name}\b", text))
+        assert action.help
+        assert "default: None" not in text and "default: False" not in text and text.count("default:") <= 1, text
+        if action.option_strings and type(action.default) in (int, float, str) and name != "--help":
+            assert text.endswith(f"(default: {action.default})")
+
+
+@pytest.mark.parametrize(
+    "option, accepted, refused",
+    [
+        ("--epochs", ["1", "7"], ["0", "-1", "1.5", "inf", "nan", ""]),
+        ("--seed", ["0", "7"], ["-1", "1.5"]),
+        ("--lr", ["1e-12", "1"], ["0", "-1", "inf", "nan", "a"]),
+        ("--weight-decay", ["0", "1"], ["-1e-9", "inf", "nan"]),
+    ],
+)
+def test_numbers_that_options_take(option, accepted, refused, capsys):
+    parser = args.train_parser()
+    for text in accepted:
+        assert getattr(parser.parse_args([option, text]), option[2:].replace("-", "_")) == float(text)
+    for text in refused:
+        with pytest.raises(SystemExit) as stop:
+            parser.parse_args([f"{option}={text}"])
+        assert stop.value.code == 2 and option in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("parser, required", [(args.separate_parser, ["song.wav"]), (args.evaluate_parser, [])])
+def test_defaults_of_separation_are_the_reference_s(parser, required):
+    """Of openunmix 1.3.0's command umx and its Separator; those of the class are the same."""
+    expected = dict(model="umxl", niter=1, softmask=False, wiener_win_len=300, residual=None, aggregate=None)
+    defaults = vars(parser().parse_args(required))
+    assert {name: defaults[name] for name in expected} == expected
+    assert (defaults["alpha"], defaults["targets"], defaults["segment"]) == (1.0, None, 480.0)
+    of_class = {name: one.default for name, one in inspect.signature(separate.Separator).parameters.items()}
+    for name in ("niter", "softmask", "wiener_win_len", "alpha", "targets", "segment"):
+        assert of_class[name] == defaults[name], name
+
+
+def python(*arguments):
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_all_that_help_shows(name):
+    result = python(name, "--help")
+    assert result.returncode == 0 and result.stderr == ""
+    assert result.stdout.startswith(f"usage: {name}")
+
+
+@pytest.mark.parametrize("options", [["--context", "cpu"], []], ids=["cpu", "no context"])
+def test_a_failure_is_all_that_a_failure_shows(options, tmp_path):
+    """Without what NNabla says when it is imported."""
+    result = python("train.py", "--quiet", "--root", tmp_path / "nowhere", "--output", tmp_path / "out", *options)
+    assert result.returncode == 2 and "Initializing" not in result.stdout
+    assert result.stderr.startswith("train.py: ") and result.stderr.count("\n") == 1
+
+
+def test_processes_of_a_command_say_nothing_of_nnabla():
+    """As those of evaluate.py --cores 2, which import its main module by another name."""
+    script = "import runpy; runpy.run_path('evaluate.py', run_name='__mp_main__')"
+    assert python("-c", script).stderr == ""
+
+
+def test_who_imports_our_modules_hears_nnabla_as_before():
+    script = "import logging, train, evaluate, demo; assert logging.getLogger('nnabla').level == logging.NOTSET"
+    result = python("-c", script)
+    assert result.returncode == 0 and "Initializing" in result.stderr
