@@ -3,13 +3,14 @@ SHELL := /bin/bash
 PYTHON = .venv/bin/python
 REFERENCE = .venv-reference/bin/python
 
-.PHONY: help setup demo test lint reference mutants mutants-quick compare bench clean
+.PHONY: help setup demo test lint reference mutants mutants-quick faults compare bench clean
 
 help:
 	@echo "make demo       synthesize songs, train a bass model on them, separate: demo/index.html"
 	@echo "make test       all tests (make lint: style)"
 	@echo "make reference  tests against torch's openunmix, live (a second environment, 1 GB)"
 	@echo "make mutants    put faults into copies of the project: do the tests notice them? (16 minutes; mutants-quick: 3)"
+	@echo "make faults     kill commands, fill disks, damage files, craft media, fuzz all that reads (two hours)"
 	@echo "make compare    train, separate and score with both, into docs/comparison.md (50 minutes)"
 	@echo "make bench      speed and memory against torch and native NNabla, into docs/performance.md (10 minutes)"
 	@echo "make setup      only the environment, in .venv"
@@ -73,6 +74,11 @@ mutants: setup
 
 mutants-quick: setup
 	$(PYTHON) tests/mutants.py --quick
+
+# Each says in its last line what it counted; the next one runs whatever came of it.
+faults: setup
+	@status=0; for run in kill.py "disk.py --full" damage.py media.py "fuzz.py --inputs 1000000"; do \
+	  echo "$$run"; $(PYTHON) tests/faults/$$run || status=1; done; exit $$status
 
 compare: setup .venv-reference/installed
 	$(PYTHON) benchmarks/compare.py

@@ -5,10 +5,13 @@ from __future__ import annotations  # unions, on Python 3.9
 import argparse
 import json
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 TARGETS = ("vocals", "drums", "bass", "other")  # the one place that orders the targets
 CONTEXTS = ("cpu", "cudnn")
+MOST_ITERATIONS = 1000  # of the EM, which has long converged
+MOST_ALPHA = 10  # of magnitudes to that power, single precision holds no more
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -36,17 +39,30 @@ class Parser(argparse.ArgumentParser):
             setattr(options, name, self.get_default(name))
         return options, given
 
+    def accepts(self, name: str, value: Any) -> bool:
+        """Whether `value` is what an option that takes one, or a list of them, can have."""
+        action = next(action for action in self._actions if action.dest == name)
+        if action.nargs is not None:
+            return isinstance(value, list) and all(isinstance(item, action.type or str) for item in value)
+        try:
+            parsed = action.type(str(value))
+        except (ValueError, argparse.ArgumentTypeError):
+            return False
+        return type(parsed) is type(value) and parsed == value
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
 
 
-def number(kind: type, lower: float, open_interval: bool = False) -> Callable[[str], float]:
-    """An argparse type: a number of `kind` that is at least (or more than) `lower`."""
+def number(kind: type, lower: float, open_interval: bool = False, upper: float = 10**9) -> Callable[[str], float]:
+    """An argparse type: a number of `kind` that is at least (or more than) `lower`, and at most `upper`."""
 
     def parse(text):
         value = kind(text)
-        if not (value > lower if open_interval else value >= lower) or value == float("inf"):
+        if not (value > lower if open_interval else value >= lower):
             raise argparse.ArgumentTypeError(f"{text} is not {'more than' if open_interval else 'at least'} {lower}")
+        if value > upper:
+            raise argparse.ArgumentTypeError(f"{text} is more than {upper}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it in "invalid float value"
@@ -55,19 +71,32 @@ def number(kind: type, lower: float, open_interval: bool = False) -> Callable[[s
 
 POSITIVE = number(int, 1)
 COUNT = number(int, 0)
+NB_THREADS = 1024
+
+
+def path(text: str) -> str:
+    """An argparse type: the name of a file or folder, with ~ replaced."""
+    try:
+        if text and "\0" not in text:
+            return str(Path(text).expanduser())
+    except RuntimeError:  # ~ of a user whom there is not
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no name of a file or folder")
 
 
 def add_context_options(parser: Parser) -> None:
     group = parser.add_argument_group("device")
     group.add_argument("--context", choices=CONTEXTS, help="default: cudnn where it works, else cpu")
-    group.add_argument("--device-id", default="0", help="number of the GPU")
-    group.add_argument("--threads", type=POSITIVE, help="of the CPU; default: all cores")
+    group.add_argument("--device-id", type=COUNT, default=0, help="number of the GPU")
+    group.add_argument("--threads", type=number(int, 1, upper=NB_THREADS), help="of the CPU; default: all cores")
     group.add_argument("--plain", action="store_true", help="NNabla's native functions on the CPU too (slow)")
 
 
 def add_musdb_options(parser: Parser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("MUSDB18")
-    group.add_argument("--root", help="folder with train/ and test/; default: musdb's 7 s excerpts, downloaded")
+    group.add_argument(
+        "--root", type=path, help="folder with train/ and test/; default: musdb's 7 s excerpts, downloaded"
+    )
     group.add_argument("--is-wav", action="store_true", help="tracks are folders of WAV files, not .stem.mp4")
     return group
 
@@ -78,15 +107,34 @@ def train_parser(augmentations: Iterable[str] = ()) -> Parser:
     targets = parser.add_mutually_exclusive_group()
     targets.add_argument("--target", default="vocals", help="source to learn, or accompaniment, linear_mixture")
     targets.add_argument("--targets", nargs="+", help="several at once, of a network that is made for it")
-    parser.add_argument("--output", default="open-unmix", help="folder for the model, its log and checkpoint")
-    parser.add_argument("--model", help="trained model to fine-tune: a folder, a file, or umx, umxhq, umxl, umxse")
-    parser.add_argument("--checkpoint", help="folder (or file) of a checkpoint to resume; --epochs is the total")
+    output = parser.add_argument_group("what it begins with and leaves")
+    output.add_argument(
+        "--output", type=path, default="open-unmix", help="folder for the model, its log and checkpoint"
+    )
+    output.add_argument("--overwrite", action="store_true", help="replace an earlier training of the target there")
+    output.add_argument(
+        "--model", type=path, help="trained model to fine-tune: a folder, a file, or umx, umxhq, umxl, umxse"
+    )
+    output.add_argument(
+        "--checkpoint", type=path, help="folder (or file) of a checkpoint to resume; --epochs is the total"
+    )
+    output.add_argument(
+        "--checkpoint-every",
+        type=number(float, 0),
+        default=10.0,
+        metavar="MINUTES",
+        help="between checkpoints within an epoch; 0: after every step",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_context_options(parser)
 
     data = add_musdb_options(parser)
-    data.add_argument("--seq-dur", type=float, default=6.0, help="seconds per excerpt; <= 0: whole tracks")
-    data.add_argument("--samples-per-track", type=POSITIVE, default=64, help="excerpts per track and epoch")
+    data.add_argument(
+        "--seq-dur", type=number(float, -(10**9)), default=6.0, help="seconds per excerpt; <= 0: whole tracks"
+    )
+    data.add_argument(
+        "--samples-per-track", type=number(int, 1, upper=10**6), default=64, help="excerpts per track and epoch"
+    )
     data.add_argument(
         "--source-augmentations",
         nargs="*",
@@ -94,7 +142,9 @@ def train_parser(augmentations: Iterable[str] = ()) -> Parser:
         metavar="NAME",
         help=f"{' or '.join(augmentations)}: applied to each source of a training mixture; none if empty",
     )
-    data.add_argument("--nb-workers", type=COUNT, default=0, help="threads that prepare batches ahead")
+    data.add_argument(
+        "--nb-workers", type=number(int, 0, upper=NB_THREADS), default=0, help="threads that prepare batches ahead"
+    )
 
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=POSITIVE, default=1000, help="number of epochs")
@@ -102,9 +152,13 @@ def train_parser(augmentations: Iterable[str] = ()) -> Parser:
     recipe.add_argument("--lr", type=number(float, 0, True), default=0.001, help="learning rate")
     recipe.add_argument("--patience", type=COUNT, default=140, help="epochs without a better loss before the end")
     recipe.add_argument("--lr-decay-patience", type=COUNT, default=80, help="epochs on a plateau before the decay")
-    recipe.add_argument("--lr-decay-gamma", type=number(float, 0, True), default=0.3, help="factor of the decay")
+    recipe.add_argument(
+        "--lr-decay-gamma", type=number(float, 0, True, upper=1), default=0.3, help="factor of the decay"
+    )
     recipe.add_argument("--weight-decay", type=number(float, 0), default=0.00001, help="L2 added to the gradient")
-    recipe.add_argument("--seed", type=COUNT, default=42, help="of the initial weights, the data and the dropout")
+    recipe.add_argument(
+        "--seed", type=number(int, 0, upper=2**64), default=42, help="of the initial weights, the data and the dropout"
+    )
 
     model = parser.add_argument_group("model")
     add_network_options(model)
@@ -142,6 +196,7 @@ def json_object(text: str) -> dict:
     """An argparse type: a JSON object."""
     try:
         value = json.loads(text)
+        json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
@@ -164,9 +219,13 @@ def add_separation_options(parser: Parser) -> None:
     model.add_argument("--targets", nargs="+", help="default: all that the model has")
     add_network_options(model)
     group = parser.add_argument_group("separation")
-    group.add_argument("--niter", type=COUNT, default=1, help="iterations of the Wiener filter's EM")
+    group.add_argument(
+        "--niter", type=number(int, 0, upper=1000), default=1, help="iterations of the Wiener filter's EM"
+    )
     group.add_argument("--softmask", action="store_true", help="start it from a soft mask, not the mixture's phase")
-    group.add_argument("--alpha", type=number(float, 0, True), default=1.0, help="exponent in the soft mask")
+    group.add_argument(
+        "--alpha", type=number(float, 0, True, MOST_ALPHA), default=1.0, help="exponent in the soft mask"
+    )
     group.add_argument("--wiener-win-len", type=COUNT, default=300, help="frames filtered together; 0: all")
     group.add_argument("--residual", metavar="NAME", help="one more stem: the mixture less all estimates")
     group.add_argument("--aggregate", metavar="JSON", help='stems to add up, as {"rest": ["drums", "bass"]}')

@@ -1,19 +1,20 @@
 """Recordings in and out, of any length, rate and format: read and written in blocks, so that memory stays bounded.
 
 Everywhere here, samples are float32 (nb_channels, nb_timesteps). Files hold them the other way round: blocks are
-transposed views of what is read, and nothing is copied for that.
+transposed views of what is read, and nothing is copied for that. A file is read whole or refused, and opens no other
+file; what is written is looked at before it counts.
 """
 
 from __future__ import annotations  # unions, on Python 3.9
 
 import collections
 import contextlib
-import json
+import errno
+import io
+import numbers
 import os
-import shutil
-import subprocess
 import sys
-import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -21,12 +22,17 @@ import numpy as np
 import soundfile
 import soxr
 
+import containers
+import ffmpeg_files
+import files
 from utils import UsageError
 
 AUDIO_FILES = {".wav", ".flac", ".ogg", ".mp3", ".m4a", ".mp4", ".aac", ".opus", ".aif", ".aiff", ".wma"}
 BLOCK = 2**18  # samples that are read, resampled or written at a time
-# How libsndfile notes that a header promises more than the file holds, and that an Ogg ends within a page
-TRUNCATED = ("should be", "Last page lacks an end-of-stream bit", "Junk after the last page")
+RATES = 100, 1_000_000  # Hz: between others, resampling makes very much of very little
+MOST_CHANNELS = 64
+# Of libsndfile's formats, those that say how much they hold
+SOUNDFILE_FORMATS = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "MP3"}
 
 
 # ---------------------------------------------------------------------------------------- samples
@@ -37,6 +43,17 @@ def check_samples(samples: np.ndarray, name: str | Path) -> None:
     # squares of larger ones leave single precision: the stems would not be finite
     if not np.abs(samples).max(initial=0) <= 1e9:
         raise UsageError(f"{name} has samples that are not finite, or larger than 1e9")
+
+
+def check_rate(rate: float, name: str | Path) -> None:
+    """UsageError, which says `name`, unless a sample rate is one that can be worked with."""
+    if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not RATES[0] <= rate <= RATES[1]:
+        raise UsageError(f"{name} has a sample rate of {rate!r} Hz: expected {RATES[0]} to {RATES[1]}")
+
+
+def check_channels(nb_channels: int, name: str | Path) -> None:
+    if not 1 <= nb_channels <= MOST_CHANNELS:
+        raise UsageError(f"{name} has {nb_channels} channels: expected 1 to {MOST_CHANNELS}")
 
 
 def resample(samples: np.ndarray, rate: float, new_rate: float, nb_timesteps: int | None = None) -> np.ndarray:
@@ -64,13 +81,14 @@ class RawAudio:
     def __init__(self, path: Path, rate: float, nb_channels: int):
         self.path, self.rate, self.nb_channels = path, rate, nb_channels
         self.nb_timesteps, self.peak = 0, 0.0
-        self.stream = open(path, "w+b")  # noqa: SIM115, closed by close()
+        self.stream = open(path, "w+b", buffering=0)  # noqa: SIM115, closed by close(), with nothing left to write
 
     def append(self, block: np.ndarray) -> None:
         """Add samples (nb_channels, n)."""
         self.nb_timesteps += block.shape[1]
-        self.peak = max(self.peak, float(np.abs(block).max(initial=0)))
-        self.stream.write(np.ascontiguousarray(block.T, np.float32).data)
+        self.peak = float(np.maximum(self.peak, np.abs(block).max(initial=0)))  # not a number, if one is none
+        self.stream.seek(0, os.SEEK_END)
+        _write_all(self.stream, np.ascontiguousarray(block.T, np.float32).reshape(-1).view(np.uint8).data)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Samples (nb_channels, stop − start), C-contiguous."""
@@ -84,6 +102,8 @@ class RawAudio:
     def _view(self, start, stop):
         self.stream.seek(start * self.nb_channels * 4)
         samples = np.fromfile(self.stream, np.float32, (stop - start) * self.nb_channels)
+        if samples.size < (stop - start) * self.nb_channels:
+            raise OSError(errno.EIO, "what was written is not there any more", str(self.path))
         return samples.reshape(-1, self.nb_channels).T
 
     def resampled(self, rate: float, nb_timesteps: int) -> RawAudio:
@@ -99,6 +119,15 @@ class RawAudio:
     def close(self) -> None:
         self.stream.close()
         self.path.unlink()
+
+
+def _write_all(stream, data):
+    """Write all bytes into an unbuffered file, which may take them in parts; an error has the file's name."""
+    try:
+        while data:
+            data = data[stream.write(data) :]
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(stream.name)) from None
 
 
 # ---------------------------------------------------------------------------------------- reading
@@ -118,80 +147,77 @@ def _soundfile_blocks(path, file, first, count):
             count -= len(block)
 
 
-def _ffmpeg_blocks(path, nb_channels, first, count):
-    trim = f"atrim=start_sample={first}" + ("" if count is None else f":end_sample={first + count}")
-    # -xerror: a damaged file is no input, rather than one with gaps
-    command = ["ffmpeg", "-v", "error", "-xerror", "-nostdin", "-i", f"file:{path}", "-map", "0:a:0", "-af", trim]
-    with (
-        tempfile.TemporaryFile() as errors,
-        subprocess.Popen([*command, "-f", "f32le", "-"], stdout=subprocess.PIPE, stderr=errors) as process,
-    ):
-        while data := process.stdout.read(BLOCK * nb_channels * 4):
-            whole = len(data) // (4 * nb_channels) * (4 * nb_channels)
-            yield np.frombuffer(data[:whole], "<f4").reshape(-1, nb_channels).T
-        if process.wait():
-            errors.seek(0)
-            raise UsageError(f"cannot decode {path}: {_last_line(errors.read(), path)}")
-
-
 @contextlib.contextmanager
 def _no_stderr():
     """What libmpg123 has to say about a damaged file, it writes there by itself."""
     sys.stderr.flush()
-    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)
+    with _stderr:
+        saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(null, 2)
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            os.close(null)
 
 
-def _is_guessed(path):
-    """Whether an mp3 does not say how long it is. libsndfile then guesses, and stops there, wherever that is."""
-    with open(path, "rb") as stream:
-        header = stream.read(10)
-        if header.startswith(b"ID3"):  # tags come first, with a length of seven bits per byte
-            stream.seek(10 + sum((byte & 127) << shift for byte, shift in zip(header[6:], (21, 14, 7, 0))))
-            header = b""
-        frame = header + stream.read(4096)
-    return not any(name in frame for name in (b"Xing", b"Info", b"VBRI"))
-
-
-def _last_line(output, path):
-    line = (output.decode(errors="replace").strip().splitlines() or ["no reason given"])[-1]
-    return line.replace(f"file:{path}: ", "")
+_stderr = threading.Lock()  # of two threads at once, one would save the other's /dev/null
 
 
 def _open_audio(path, start, duration):
     """Sample rate, number of channels and blocks of an audio file, by soundfile or else by ffmpeg."""
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}")
-    ffmpeg = shutil.which("ffmpeg") is not None and shutil.which("ffprobe") is not None
+    ffmpeg = ffmpeg_files.is_there()
+    try:
+        with files.open_regular(path) as stream:
+            containers.check(stream, path)
+            file = _open_soundfile(stream)
+            at_once = file is not None and (_is_told(stream, path, file) or not ffmpeg)
+            if not at_once and ffmpeg:
+                rate, nb_channels, at_least, kind = ffmpeg_files.probe(path)
+                walked = containers.check_frames(stream, path, kind)
+    except (FileNotFoundError, IsADirectoryError):
+        raise UsageError(f"there is no file {path}") from None
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from None
+    if at_once:
+        rate, nb_channels = file.samplerate, file.channels
+    elif not ffmpeg:
+        raise UsageError(f"cannot read {path}, and there is no ffmpeg to try")
+    check_rate(rate, path)
+    check_channels(nb_channels, path)
+    # which may be more than any file has
+    first, count = (None if value is None else round(min(value * rate, 2.0**60)) for value in (start, duration))
+    if at_once:
+        return rate, nb_channels, _soundfile_blocks(path, file, first, count)
+    strict = walked is None or walked.nb_timesteps is None
+    if not strict:  # but a tag is no damage, as it may be to ffmpeg
+        at_least = walked.nb_timesteps - ffmpeg_files.LEFT_OUT
+    return rate, nb_channels, ffmpeg_files.blocks(path, rate, nb_channels, first, count, at_least, strict)
 
-    def span(rate):
-        return round(start * rate), None if duration is None else round(duration * rate)
 
+def _open_soundfile(stream):
+    """What libsndfile makes of an open file; None if it reads no such files."""
+    os.lseek(stream.fileno(), 0, os.SEEK_SET)
     try:
         with _no_stderr():
-            file = soundfile.SoundFile(path)
-    except soundfile.LibsndfileError as error:
-        if not ffmpeg:
-            raise UsageError(f"cannot read {path} ({error.error_string}), and there is no ffmpeg to try") from None
-    else:
-        if any(sign in file.extra_info for sign in TRUNCATED):
-            raise UsageError(f"{path} is truncated")
-        if not (ffmpeg and file.format == "MP3" and _is_guessed(path)):
-            return file.samplerate, file.channels, _soundfile_blocks(path, file, *span(file.samplerate))
-    command = ["ffprobe", "-v", "error", "-select_streams", "a:0", "-show_entries", "stream=sample_rate,channels"]
-    result = subprocess.run([*command, "-of", "json", f"file:{path}"], capture_output=True)
-    streams = json.loads(result.stdout or "{}").get("streams")
-    if not streams or not int(streams[0].get("channels", 0)):
-        reason = f": {_last_line(result.stderr, path)}" if result.stderr else ""
-        raise UsageError(f"{path} is not audio{reason}")
-    rate, nb_channels = int(streams[0]["sample_rate"]), int(streams[0]["channels"])
-    return rate, nb_channels, _ffmpeg_blocks(path, nb_channels, *span(rate))
+            # by number: by name, it might open other files (resource forks), or take - for standard input
+            file = soundfile.SoundFile(os.dup(stream.fileno()))
+    except soundfile.LibsndfileError:
+        return None
+    return file if file.format in SOUNDFILE_FORMATS and file.seekable() and file.frames < 2**60 else None
+
+
+def _is_told(stream, path, file):
+    """Whether libsndfile knows how long a file is: if MPEG frames do not say so, it guesses, and stops there."""
+    if not file.subtype.startswith("MPEG"):
+        return True
+    if file.format != "MP3":
+        return False
+    place = os.lseek(stream.fileno(), 0, os.SEEK_CUR)  # which both share
+    walked = containers.check_frames(stream, path, "mp3")
+    os.lseek(stream.fileno(), place, os.SEEK_SET)
+    return walked is not None and walked.is_told
 
 
 def decode(
@@ -206,6 +232,8 @@ def decode(
     Raises:
         UsageError: not audio, truncated, empty, or with samples that are not finite (or huge).
     """
+    if not start >= 0 or not (duration is None or duration > 0):
+        raise UsageError(f"{path}: it cannot start at {start} s and last {duration} s")
     own_rate, nb_channels, blocks = _open_audio(path, start, duration)
     recording, nb_timesteps = RawAudio(folder / "input", rate, nb_channels), 0
 
@@ -227,14 +255,16 @@ def decode(
 
 
 def recordings(inputs: Iterable[str | Path]) -> list[tuple[Path, str]]:
-    """Input files, those of folders included, and a name for each: its own without the ending, if that is unique.
+    """Input files, those of folders included, and a name for each, which can be that of a folder.
+
+    It is the file's own without the ending, if that is unique.
 
     Raises:
         UsageError: a folder without any, or two of one name.
     """
     paths = []
     for name in inputs:
-        path = Path(name).expanduser()
+        path = Path(name if os.path.lexists(name) else os.path.expanduser(name))
         if path.is_dir():
             found = sorted(file for file in path.glob("[!.]*") if file.suffix.lower() in AUDIO_FILES)
             if not found:
@@ -243,7 +273,7 @@ def recordings(inputs: Iterable[str | Path]) -> list[tuple[Path, str]]:
         else:
             paths.append(path)
     count = collections.Counter(path.stem for path in paths)
-    names = [path.stem if count[path.stem] == 1 else path.name for path in paths]
+    names = [path.stem if count[path.stem] == 1 and files.is_file_name(path.stem) else path.name for path in paths]
     if repeated := [name for name, number in collections.Counter(names).items() if number > 1]:
         raise UsageError(f"several inputs named {repeated[0]}: separate them with an --outdir each")
     return list(zip(paths, names))
@@ -252,20 +282,51 @@ def recordings(inputs: Iterable[str | Path]) -> list[tuple[Path, str]]:
 # ---------------------------------------------------------------------------------------- writing
 
 
-def write(path: Path, recording: RawAudio, form: str, subtype: str, factor: float) -> None:
-    """Write a recording times `factor`, if that is below 1, into a sound file.
+def check_writable(rate: float, nb_channels: int, form: str, subtype: str) -> None:
+    """UsageError if a sound file cannot be of that rate and number of channels; form and subtype as in `write`."""
+    try:
+        soundfile.SoundFile(io.BytesIO(), "w", rate, nb_channels, subtype, format=form).close()
+    except soundfile.LibsndfileError as error:
+        raise UsageError(f"{form} cannot hold {nb_channels} channels at {rate} Hz: {error.error_string}") from None
+
+
+def write(
+    path: Path, blocks: Iterable[np.ndarray], shape: tuple[int, int], rate: float, form: str, subtype: str
+) -> None:
+    """Write a sound file and make sure that it is there: all of it, on the disk, and to be decoded.
 
     Args:
+        blocks: samples (nb_channels, n), floats within ±1 or integers of 16 bits
+        shape: (nb_channels, nb_timesteps) of all of them
         form, subtype: libsndfile's names, as "WAV" and "PCM_16"; a WAV that would be too large becomes an RF64
     Raises:
         UsageError: the format cannot hold it.
+        OSError: it could not be written, or what was written is not what is there.
     """
-    nb_channels = recording.nb_channels
-    if form == "WAV" and recording.nb_timesteps * nb_channels * 4 > 2**32 - 2**16:  # WAV counts bytes in 32 bits
+    nb_channels, nb_timesteps = shape
+    if form == "WAV" and nb_timesteps * nb_channels * 4 > 2**32 - 2**16:  # WAV counts bytes in 32 bits
         form = "RF64"
-    try:
-        with soundfile.SoundFile(path, "w", recording.rate, nb_channels, subtype, format=form) as file:
-            for block in recording.blocks():
-                file.write(block.T * np.float32(factor) if factor < 1 else block.T)
-    except soundfile.LibsndfileError as error:
-        raise UsageError(f"cannot write {form.lower()} of {nb_channels} channels: {error.error_string}") from None
+    check_writable(rate, nb_channels, form, subtype)
+    with open(path, "w+b", buffering=0) as stream:
+        number = stream.fileno()
+        try:
+            with soundfile.SoundFile(os.dup(number), "w", rate, nb_channels, subtype, format=form) as file:
+                for block in blocks:
+                    file.write(block.T)
+            os.fsync(number)
+            whole = _has(number, nb_timesteps)
+        except (soundfile.LibsndfileError, AssertionError):  # the latter if fewer samples were written than given
+            whole = False
+        if not whole:  # libsndfile does not tell of all errors, nor why: a full disk does
+            stream.seek(0, os.SEEK_END)
+            _write_all(stream, bytes(2**20))
+            raise OSError(errno.EIO, "what was written is not what is there", str(path))
+
+
+def _has(number, nb_timesteps):
+    """Whether a sound file, given by the number of an open one, has so many samples, and the last can be decoded."""
+    os.lseek(number, 0, os.SEEK_SET)
+    with soundfile.SoundFile(os.dup(number)) as file:
+        nb_last = min(file.frames, 2**14)
+        file.seek(-nb_last, os.SEEK_END)
+        return file.frames == nb_timesteps and len(file.read(nb_last, always_2d=True)) == nb_last

@@ -1,37 +1,27 @@
-"""Training and validation data from MUSDB18, its augmentations and statistics.
-
-musdb finds the tracks, their split, sources and targets; soundfile reads the excerpts, by seeking, which
-is a hundred times faster than a process of ffmpeg per excerpt. Stems in .mp4 are decoded once, into WAV.
-"""
+"""Training and validation data from MUSDB18, its augmentations and statistics; tracks.py finds and reads the songs."""
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-import tempfile
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import utils
+
+if __name__ == "__main__":
+    utils.start()  # before imports that take long
 
 import numpy as np
-import pooch
 import scipy.fft
-import soundfile
 from tqdm import tqdm
 
 from args import data_parser
-from utils import UsageError, command, random_stream
-
-if TYPE_CHECKING:
-    import musdb
-
-# Which numbers are drawn for a seed: another scheme gets another number. 1 (no number in the log) drew the order of an
-# epoch and its first excerpt from one stream, and an augmentation more changed what later sources drew.
-RANDOMNESS = 2
+from randomness import random_stream
+from tracks import Track, database, open_track
+from utils import UsageError, finite, whole
 
 # ------------------------------------------------------------------------------- augmentations
 
@@ -50,143 +40,20 @@ def channelswap(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 AUGMENTATIONS = {"gain": gain, "channelswap": channelswap}
 
 
-# -------------------------------------------------------------------------------------- tracks
-
-
-@dataclass
-class Track:
-    """One song: files of at least `nb_timesteps` samples each, at `sample_rate` Hz, `nb_channels` wide."""
-
-    name: str
-    mixture: Path
-    sources: dict[str, Path]
-    nb_timesteps: int
-    sample_rate: int
-    nb_channels: int
-
-
-def read(path: str | Path, start: int = 0, nb_timesteps: int = -1) -> np.ndarray:
-    """Samples of an audio file, float32 (nb_channels, nb_timesteps); -1: all from `start` on."""
-    audio, _ = soundfile.read(path, start=start, frames=nb_timesteps, dtype="float32", always_2d=True)
-    return np.ascontiguousarray(audio.T)
-
-
-def database(root: str | Path | None, is_wav: bool, subset: str = "train", split: str | None = None) -> musdb.DB:
-    """musdb's database of one subset, or a split of it, and a clear line for everything that can be wrong with it."""
-    for program in ("ffmpeg", "ffprobe"):
-        if shutil.which(program) is None:
-            raise UsageError(f"musdb needs {program} on the PATH: install ffmpeg (apt-get or conda)")
-    import ffmpeg
-    import musdb
-
-    if root is None:
-        if is_wav:
-            raise UsageError("--is-wav needs --root: the excerpts that musdb downloads are stems")
-        try:
-            return musdb.DB(subsets=subset, split=split, download=True)
-        except OSError as error:
-            raise UsageError(f"musdb's 7 s excerpts cannot be downloaded ({error}): give --root") from None
-
-    folder = Path(root).expanduser() / subset
-    if not folder.is_dir():
-        raise UsageError(f"{root} has no folder {subset}/: --root names the folder of MUSDB18")
-    if is_wav and next(folder.glob("*.stem.mp4"), None):
-        raise UsageError(f"{folder} holds .stem.mp4 files, not WAV: leave out --is-wav")
-    if not is_wav and next(folder.glob("*/*.wav"), None):
-        raise UsageError(f"{folder} holds folders of WAV files, not stems: add --is-wav")
-    try:
-        mus = musdb.DB(root=root, subsets=subset, split=split, is_wav=is_wav)
-    except (ffmpeg.Error, KeyError) as error:  # KeyError: ffprobe reads the file, but finds no audio in it
-        detail = error.stderr.decode().strip().splitlines()[-1] if isinstance(error, ffmpeg.Error) else "no audio"
-        raise UsageError(f"a track in {folder} cannot be read: {detail}") from None
-    if not mus.tracks:
-        names = f"; validation songs are named like {mus.setup['validation_tracks'][0]!r}" if split == "valid" else ""
-        raise UsageError(f"no tracks of the {f'split {split!r}' if split else 'subset'} in {folder}{names}")
-    return mus
-
-
-def _decode_stems(track, sources, folder):
-    """Write a musdb track of .stem.mp4 as 16-bit WAV files (musdb's own resolution) into `folder`, once."""
-    stat = Path(track.path).stat()
-    key = f"{Path(track.path).resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    target = folder / f"{track.name} {hashlib.sha256(key.encode()).hexdigest()[:8]}"
-    if target.is_dir():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary:
-        partial = Path(temporary, "stems")
-        partial.mkdir()
-        for name, audio in [("mixture", track), *((source, track.sources[source]) for source in sources)]:
-            samples = np.round(audio.audio * 32768).astype(np.int16)
-            soundfile.write(partial / f"{name}.wav", samples, int(track.rate), subtype="PCM_16")
-        try:
-            partial.rename(target)
-        except OSError:  # another process has decoded it meanwhile
-            if not target.is_dir():
-                raise
-    return target
-
-
-def _find_tracks(root, is_wav, split, quiet):
-    """All tracks of a split ("train" or "valid"), and musdb's targets: name -> {source: gain}."""
-    mus = database(root, is_wav, split=split)
-    tracks = [
-        open_track(track, mus.setup["sources"], is_wav)
-        for track in tqdm(mus.tracks, f"Reading {split} tracks", leave=False, disable=quiet)
-    ]
-    formats = {(track.sample_rate, track.nb_channels) for track in tracks}
-    if len(formats) > 1:
-        raise UsageError(f"tracks of {mus.root} differ in (sample rate, channels): {sorted(formats)}; convert them")
-    return tracks, mus.setup["targets"]
-
-
-def open_track(track: musdb.MultiTrack, sources: dict[str, str], is_wav: bool) -> Track:
-    """A `Track` from musdb's; stems in .mp4 are decoded on the way.
-
-    Args:
-        track: of `database`
-        sources: name -> file name, as in musdb's setup["sources"]
-    Raises:
-        UsageError: files that are missing, cannot be read, or differ in length, rate or channels.
-    """
-    if is_wav:
-        mixture = Path(track.path)
-        files = {name: mixture.with_name(file) for name, file in sources.items()}
-    else:
-        folder = _decode_stems(track, sources, Path(pooch.os_cache("open-unmix-nnabla")) / "stems")
-        mixture, files = folder / "mixture.wav", {name: folder / f"{name}.wav" for name in sources}
-    return _checked_track(track.name, mixture, files)
-
-
-def _checked_track(name, mixture, files):
-    infos = {}
-    for path in [mixture, *files.values()]:
-        if not path.is_file():
-            raise UsageError(f"track {name!r} has no {path.name} in {path.parent}")
-        try:
-            infos[path.name] = soundfile.info(path)
-        except soundfile.LibsndfileError as error:
-            raise UsageError(f"cannot read {path}: {error.error_string}") from None
-    formats = {(info.samplerate, info.channels) for info in infos.values()}
-    if len(formats) > 1:
-        raise UsageError(f"files of track {name!r} differ in (sample rate, channels): {sorted(formats)}")
-    sample_rate, nb_channels = formats.pop()
-    lengths = [info.frames for info in infos.values()]
-    if max(lengths) - min(lengths) > 0.1 * sample_rate:  # less is what encoders add or take away at the end
-        raise UsageError(f"files of track {name!r} differ in length: {min(lengths)} to {max(lengths)} samples")
-    return Track(name, mixture, files, min(lengths), sample_rate, nb_channels)
-
-
 # ------------------------------------------------------------------------------------- sources
 
 
-def _check_names(kind, names, known):
-    """Raise `UsageError` for a name that is unknown, or given twice."""
+def _checked_names(kind, names, known):
+    """A tuple of names; `UsageError` for one that is unknown, or given twice."""
+    if not isinstance(names, Iterable) or isinstance(names, str):
+        raise UsageError(f"expected names of {kind}s, not {names!r}")
+    names = tuple(map(str, names))
     for name, count in Counter(names).items():
         if name not in known:
             raise UsageError(f"unknown {kind} {name!r}: there are {', '.join(known)}")
         if count > 1:
             raise UsageError(f"the {kind} {name!r} is named {count} times")
+    return names
 
 
 class MusdbSource:
@@ -208,7 +75,9 @@ class MusdbSource:
         augmentations: names in AUGMENTATIONS, in their order
         quiet: no progress bar while tracks are found, or decoded
     Raises:
-        UsageError: no such folder, split, stem, target or augmentation; a track shorter than an excerpt.
+        UsageError: no such folder, split, stem, target or augmentation; a track with anything wrong, as `open_track`
+            finds it, or shorter than an excerpt.
+        ValueError: numbers that cannot be.
     """
 
     def __init__(
@@ -223,19 +92,30 @@ class MusdbSource:
         seed: int = 42,
         quiet: bool = True,
     ):
-        self.augmentations = tuple(augmentations)
-        _check_names("augmentation", self.augmentations, AUGMENTATIONS)
-        self.tracks, known = _find_tracks(root, is_wav, split, quiet)
-        targets = [target] if isinstance(target, str) else target
+        if seq_dur is not None:
+            finite("seq_dur", seq_dur, 0)
+        self.seed = whole("seed", seed, 0, 2**64)
+        self.samples_per_track = whole("samples_per_track", samples_per_track, 1, 10**6)
+        self.augmentations = _checked_names("augmentation", augmentations, AUGMENTATIONS)
+        _checked_names("split", [split], ("train", "valid"))
+        mus = database(root, is_wav, split=split)
+        known = mus.setup["targets"]
+        targets = _checked_names("target", [target] if isinstance(target, str) else target, known)
         if not targets:
             raise UsageError("no target is named")
-        _check_names("target", targets, known)
         self.gains = [known[name] for name in targets]  # of each target: {source: gain}
         self.stacked = not isinstance(target, str)
-        self.samples_per_track = samples_per_track
-        self.seed = seed
-        self.sample_rate, self.nb_channels = self.tracks[0].sample_rate, self.tracks[0].nb_channels
+        self.tracks = [
+            open_track(track, mus.setup["sources"], is_wav)
+            for track in tqdm(mus.tracks, f"Reading {split} tracks", leave=False, disable=quiet)
+        ]
+        formats = {(track.sample_rate, track.nb_channels) for track in self.tracks}
+        if len(formats) > 1:
+            raise UsageError(f"tracks of {mus.root} differ in (sample rate, channels): {sorted(formats)}; convert them")
+        (self.sample_rate, self.nb_channels), *_ = formats
         self.nb_timesteps = None if seq_dur is None else round(seq_dur * self.sample_rate)
+        if self.nb_timesteps == 0:
+            raise UsageError(f"--seq-dur {seq_dur} is less than a sample")
         for track in self.tracks:
             if self.nb_timesteps is not None and track.nb_timesteps < self.nb_timesteps:
                 seconds = track.nb_timesteps / self.sample_rate
@@ -257,7 +137,7 @@ class MusdbSource:
         track = self.tracks[rng.integers(len(self.tracks))]
         # to the nearest sample, like ffmpeg, which reads for the reference
         start = round(rng.uniform(0, track.nb_timesteps - self.nb_timesteps))
-        audio = read(track.sources[source], start, self.nb_timesteps)
+        audio = track.read(track.sources[source], start, self.nb_timesteps)
         for name in self.augmentations:
             audio = AUGMENTATIONS[name](audio, random_stream("augmentation", **key, name=name))
         return audio
@@ -273,8 +153,8 @@ class MusdbSource:
     def whole_track(self, track: Track) -> tuple[np.ndarray, np.ndarray]:
         """The official mixture of a track and its target, shaped like those of an item."""
         names = [name for name in track.sources if any(name in gains for gains in self.gains)]
-        sources = ((name, read(track.sources[name], 0, track.nb_timesteps)) for name in names)
-        return read(track.mixture, 0, track.nb_timesteps), self._target(sources)
+        sources = ((name, track.read(track.sources[name])) for name in names)
+        return track.read(track.mixture), self._target(sources)
 
 
 class DataIterator:
@@ -286,15 +166,20 @@ class DataIterator:
     AHEAD = 3  # batches in preparation: enough to bridge one slow read, little memory
 
     def __init__(self, source: MusdbSource, batch_size: int, nb_workers: int = 0):
-        self.source, self.batch_size, self.nb_workers = source, batch_size, nb_workers
+        self.source = source
+        self.batch_size, self.nb_workers = whole("batch_size", batch_size), whole("nb_workers", nb_workers, 0, 1024)
 
     def __len__(self) -> int:
         return -(-len(self.source) // self.batch_size)
 
-    def epoch(self, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield mixtures and targets, (nb_samples, nb_channels, nb_timesteps) each, in the epoch's own order."""
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield mixtures and targets, (nb_samples, nb_channels, nb_timesteps) each, in the epoch's own order.
+
+        Args:
+            start: number of batches that are left out at its beginning
+        """
         order = random_stream("order", seed=self.source.seed, epoch=epoch).permutation(len(self.source))
-        batches = (order[k : k + self.batch_size] for k in range(0, len(order), self.batch_size))
+        batches = (order[k : k + self.batch_size] for k in range(start * self.batch_size, len(order), self.batch_size))
         if self.nb_workers == 0:
             for batch in batches:
                 yield self._stack([self.source.item(epoch, index) for index in batch])
@@ -337,18 +222,22 @@ def statistics(tracks: Sequence[Track], n_fft: int, n_hop: int, quiet: bool = Tr
     channels; deviations floored at 1e-4 of the largest. A bin that never changes counts as deviation 1,
     as in scikit-learn's StandardScaler, which the reference uses.
 
-    Args:
-        tracks: none shorter than `n_fft`
     Returns:
         mean, std: float64 (nb_bins,)
+    Raises:
+        ValueError: no track, or one shorter than `n_fft`; sizes that cannot be.
+        OSError: as `Track.read`.
     """
+    whole("n_fft", n_fft), whole("n_hop", n_hop)
+    if min((track.nb_timesteps for track in tracks), default=0) < n_fft:
+        raise ValueError(f"no tracks, or one shorter than a frame of {n_fft} samples")
     count, mean, squares = 0, np.zeros(n_fft // 2 + 1), np.zeros(n_fft // 2 + 1)
     block = 512 * n_hop  # a few seconds at a time: a whole song's frames would take a gigabyte
     for track in tqdm(tracks, "Dataset statistics", leave=False, disable=quiet):
         nb_frames = 1 + (track.nb_timesteps - n_fft) // n_hop
         used = (nb_frames - 1) * n_hop + n_fft
         for start in range(0, nb_frames * n_hop, block):
-            audio = read(track.mixture, start, min(block - n_hop + n_fft, used - start))
+            audio = track.read(track.mixture, start, min(block - n_hop + n_fft, used - start))
             X = magnitudes(audio, n_fft, n_hop).astype(np.float64)
             # Chan, Golub & LeVeque 1979: merge two groups' means and sums of squared deviations
             n, delta = len(X), X.mean(axis=0) - mean
@@ -365,27 +254,42 @@ def statistics(tracks: Sequence[Track], n_fft: int, n_hop: int, quiet: bool = Tr
 # -------------------------------------------------------------------------------- command line
 
 
-@command
+def problems(target: str, root: str | Path | None, is_wav: bool, split: str, quiet: bool) -> list[str]:
+    """All that is wrong with the tracks of a split, a line for each; all their files are read to their ends."""
+    try:
+        mus = database(root, is_wav, split=split)
+        _checked_names("target", [target], mus.setup["targets"])
+    except UsageError as error:
+        return [str(error)]
+    found = []
+    for track in tqdm(mus.tracks, f"Reading {split} tracks", leave=False, disable=quiet):
+        try:
+            open_track(track, mus.setup["sources"], is_wav, thorough=True)
+        except (UsageError, OSError) as error:
+            found.append(utils.describe(error))
+    return found
+
+
+@utils.command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Check a dataset: read everything that training would read, say what is there and how fast it is drawn."""
+    """Check a dataset: read everything that is there, say all that is wrong with it, how much there is, how fast."""
     options = data_parser().parse_args(argv)
     musdb = {"target": options.target, "root": options.root, "is_wav": options.is_wav, "quiet": options.quiet}
-    for split in ("train", "valid"):
-        source = MusdbSource(**musdb, split=split)
+    lines = [line for split in ("train", "valid") for line in problems(**musdb, split=split)]
+    for line in dict.fromkeys(lines):
+        print(f"data.py: {line}", file=sys.stderr)
+    if lines:
+        sys.exit(2)
+    train = MusdbSource(**musdb, seq_dur=options.seq_dur, samples_per_track=64)
+    for split, source in (("train", train), ("valid", MusdbSource(**musdb, split="valid"))):
         hours = sum(track.nb_timesteps for track in source.tracks) / source.sample_rate / 3600
         print(
             f"{split}: {len(source.tracks)} tracks, {hours:.2f} h, {source.sample_rate} Hz, "
             f"{source.nb_channels} channel(s)"
         )
-        for track in tqdm(source.tracks, f"Reading {split} tracks", leave=False, disable=options.quiet):
-            mixture, target = source.whole_track(track)
-            for name, audio in (("mixture", mixture), (options.target, target)):
-                if not np.isfinite(audio).all():
-                    raise UsageError(f"the {name} of track {track.name!r} has samples that are not finite")
-    source = MusdbSource(**musdb, seq_dur=options.seq_dur, samples_per_track=64)
     start, nb_items = time.time(), 64
     for index in range(nb_items):
-        source.item(0, index)
+        train.item(0, index)
     print(f"excerpts: {nb_items / (time.time() - start):.0f} mixtures of {options.seq_dur} s per second and thread")
 
 

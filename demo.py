@@ -6,16 +6,17 @@ HTML that works from the file system, without network: its sounds and pictures l
 
 from __future__ import annotations  # unions, on Python 3.9
 
-import logging
-import shutil
+import io
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
 from urllib.parse import quote
 
+import utils
+
 if __name__ == "__main__":
-    logging.getLogger("nnabla").setLevel(logging.WARNING)  # else its import is announced
+    utils.start()  # before imports that take long
 
 import numpy as np
 import scipy.fft
@@ -26,8 +27,9 @@ from matplotlib.image import imsave
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
-import utils
+import files
 from args import demo_parser
+from audio import write
 from separate import Separator
 from utils import UsageError
 
@@ -195,10 +197,11 @@ def write_figures(media: Path, sounds: dict[str, tuple[str, str, np.ndarray]], r
     html = ""
     for name, (label, remark, audio) in sounds.items():
         # FLAC plays in every browser, and adds no errors of its own; one factor for all keeps them comparable
-        with utils.atomic_path(media / f"{name}.flac") as temporary:
-            soundfile.write(temporary, audio.T / max(1, peak / 0.999), rate, "PCM_16")
-        with utils.atomic_path(media / f"{name}.png") as temporary:
-            imsave(temporary, levels[name], vmin=top - RANGE, vmax=top, cmap=COLOURS, origin="lower")
+        with files.atomic_path(media / f"{name}.flac") as temporary:
+            write(temporary, [audio / max(1, peak / 0.999)], audio.shape, rate, "FLAC", "PCM_16")
+        picture = io.BytesIO()
+        imsave(picture, levels[name], vmin=top - RANGE, vmax=top, cmap=COLOURS, origin="lower", format="png")
+        files.write(media / f"{name}.png", picture.getvalue())
         html += FIGURE.substitute(
             whole="" if html else " class=whole",
             label=escape(label),
@@ -217,8 +220,7 @@ def write_results(media: Path, target: str, rows: list[tuple], losses: Path) -> 
     )
     html = TABLE.substitute(target=escape(target), body=body)
     if losses.exists():
-        with utils.atomic_path(media / f"{target}-loss.png") as temporary:
-            shutil.copy(losses, temporary)
+        files.write(media / f"{target}-loss.png", files.read(losses))
         html += LOSS.substitute(target=escape(target), url=f"{media.name}/{quote(target)}-loss.png")
     return html
 
@@ -235,7 +237,7 @@ def demo(songs: str | Path, model: str | Path, outdir: str | Path, quiet: bool =
     folders = [path.parent for path in sorted(Path(songs, "test").glob("*/mixture.wav"))]
     if not folders:
         raise UsageError(f"no songs (folders with a mixture.wav) in {Path(songs, 'test')}")
-    media = utils.writable_folder(Path(outdir, "media"))
+    media = files.writable_folder(Path(outdir, "media"))
     separator = Separator.load(model, residual=REST, context="cpu")
     scores, figures = {target: {} for target in separator.targets}, None
     for folder in tqdm(folders, "Separating and scoring", leave=False, disable=quiet):
@@ -270,8 +272,7 @@ def demo(songs: str | Path, model: str | Path, outdir: str | Path, quiet: bool =
         figures=figures,
         results="".join(write_results(media, *item, Path(model, f"{item[0]}.png")) for item in tables.items()),
     )
-    with utils.atomic_path(Path(outdir, "index.html")) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    files.write(Path(outdir, "index.html"), page.encode(errors="backslashreplace"))
     return tables
 
 

@@ -24,21 +24,25 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-if __name__ in ("__main__", "__mp_main__"):  # also of `in_processes`
-    logging.getLogger("nnabla").setLevel(logging.WARNING)  # else its import is announced
+import utils
+
+if __name__ == "__main__":
+    utils.start()  # before imports that take long
+elif __name__ == "__mp_main__":  # of `in_processes`
+    logging.getLogger("nnabla").setLevel(logging.WARNING)  # else its import is announced, in each of them
 
 import nnabla as nn
 import numpy as np
-import soundfile
 from tqdm import tqdm
 
 import context
-import data
+import files
 import kernels.threads
-import utils
 from args import evaluate_parser
-from scores import FOUR, MODE, PAIR, Labels, summarize, without_nan
+from audio import write
+from scores import FOUR, MODE, PAIR, Labels, is_complete, summarize, without_nan
 from separate import Separator, checked_aggregate
+from tracks import Track, database, open_track
 from utils import UsageError
 
 if TYPE_CHECKING:
@@ -144,10 +148,10 @@ class Scorer:
         return {name: self.outdir / track.subset / track.name / f"{name}.wav" for name in self.names if self.outdir}
 
     def scored(self, track: musdb.MultiTrack) -> bool:
-        """Whether a track has all its scores."""
+        """Whether a track has all its scores; what museval has not written is written again."""
         try:
-            return {target["name"] for target in utils.read_json(self.json(track))["targets"]} == set(self.stems)
-        except (UsageError, KeyError, TypeError):
+            return is_complete(files.read_json(self.json(track)), self.stems)
+        except UsageError:
             return False
 
     def done(self, track: musdb.MultiTrack) -> bool:
@@ -161,19 +165,19 @@ class Scorer:
         """
         try:
             return {"track": track.name, **self.score(track)}
-        except UsageError as error:
-            return {"track": track.name, "error": str(error)}
         except Exception as error:
-            return {"track": track.name, "error": f"{type(error).__name__}: {error}"}
+            with utils.postponed() as is_ending:
+                if is_ending():  # within a function of NNabla, which turned an interruption into another error
+                    raise KeyboardInterrupt from error
+            kind = "" if isinstance(error, (UsageError, OSError)) else f"{type(error).__name__}: "
+            return {"track": track.name, "error": " ".join(f"{kind}{utils.describe(error)}".split())}
 
     def score(self, track: musdb.MultiTrack) -> dict:
         import museval
 
-        song = data.open_track(track, self.sources, self.is_wav)
+        song = open_track(track, self.sources, self.is_wav)
         truth = {
-            stem: sum(
-                soundfile.read(song.sources[source], song.nb_timesteps, always_2d=True)[0] for source in sorted(sources)
-            )
+            stem: sum(song.read(song.sources[source], dtype="float64").T for source in sorted(sources))
             for stem, sources in self.stems.items()
         }
         silent = next((f"the source {name!r} is silent" for name, audio in truth.items() if is_silent(audio)), None)
@@ -199,16 +203,13 @@ class Scorer:
         )
         scores.validate()
         # not by museval's output_dir: it writes in place, and says nothing about a full disk
-        path = self.json(track)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with utils.atomic_path(path) as temporary:
-            temporary.write_text(scores.json)
+        files.write(self.json(track), scores.json.encode())
         seconds = {"separation": separated - start, "museval": time.perf_counter() - scoring}
         return {"seconds": {"audio": song.nb_timesteps / song.sample_rate, **seconds}}
 
-    def estimates(self, song: data.Track) -> dict[str, np.ndarray]:
+    def estimates(self, song: Track) -> dict[str, np.ndarray]:
         """Stems (nb_timesteps, nb_channels) by name."""
-        stems = self.separator(data.read(song.mixture, 0, song.nb_timesteps), song.sample_rate)
+        stems = self.separator(song.read(song.mixture), song.sample_rate)
         if self.aggregate:
             stems = {name: sum(stems[part] for part in parts) for name, parts in self.aggregate.items()}
         return {name: audio.T for name, audio in stems.items()}
@@ -216,11 +217,9 @@ class Scorer:
     def write(self, track: musdb.MultiTrack, estimates: dict[str, np.ndarray], rate: int) -> None:
         """The layout of musdb's save_estimates; in float, so that the files have the scores of what they hold."""
         for name, path in self.files(track).items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with utils.atomic_path(path) as temporary:
-                soundfile.write(temporary, estimates[name], rate, "FLOAT")
-            for leftover in path.parent.glob(".*.wav"):  # of a run that was killed while it wrote
-                leftover.unlink()
+            files.writable_folder(path.parent)
+            with files.atomic_path(path) as temporary:
+                write(temporary, [estimates[name].T], estimates[name].T.shape, rate, "WAV", "FLOAT")
 
 
 def is_silent(audio: np.ndarray) -> bool:
@@ -229,26 +228,6 @@ def is_silent(audio: np.ndarray) -> bool:
 
 
 # ------------------------------------------------------------------------------------------ all tracks
-
-
-def in_this_process(tracks: list[musdb.MultiTrack], scorer: Scorer) -> Iterator[dict]:
-    """Results of tracks, one after the other."""
-    interrupted = False
-
-    def interrupt(*_):
-        nonlocal interrupted
-        interrupted = True
-        raise KeyboardInterrupt
-
-    handler = signal.signal(signal.SIGINT, interrupt)
-    try:
-        for track in tracks:
-            result = scorer(track)
-            if interrupted:  # within a function of NNabla, which turned it into a RuntimeError
-                raise KeyboardInterrupt
-            yield result
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 def set_up(loading: dict, threads: int, plain: bool, **options) -> Scorer:
@@ -267,8 +246,14 @@ def _start(arguments):
 
     global _scorer
     threading.Thread(target=end_with_parent, daemon=True).start()
-    with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):  # the parent said it
-        _scorer = set_up(**arguments)
+    try:
+        with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):  # the parent said it
+            _scorer = set_up(**arguments)
+    except Exception as error:  # which the parent has not met: now it is that of each track
+        line = f"{type(error).__name__}: {utils.describe(error)}"
+
+        def _scorer(track):
+            return {"track": track.name, "error": line}
 
 
 def _score(track):
@@ -285,22 +270,26 @@ def in_processes(tracks: list[musdb.MultiTrack], cores: int, threads: int, argum
     with ProcessPoolExecutor(
         cores, multiprocessing.get_context("spawn"), _start, ({**arguments, "threads": threads},)
     ) as pool:
-        # What processes are born with: BLAS reads its limits when it is imported, and Ctrl-C is for us alone.
-        os.environ.update(limits)
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            pending = {pool.submit(_score, track): track.name for track in tracks}
-        finally:
-            signal.signal(signal.SIGINT, handler)
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
-        try:
+            # What processes are born with: BLAS reads its limits when it is imported, and Ctrl-C is for us alone.
+            os.environ.update(limits)
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            pending = {}
+            try:
+                for track in tracks:
+                    with contextlib.suppress(BrokenProcessPool):  # one has died already
+                        pending[pool.submit(_score, track)] = track
+            finally:
+                signal.signal(signal.SIGINT, handler)
+                for name, value in before.items():
+                    os.environ.pop(name) if value is None else os.environ.update({name: value})
+            left = list(tracks)
             for future in as_completed(pending):
-                try:
+                with contextlib.suppress(BrokenProcessPool):
                     yield future.result()
-                except BrokenProcessPool:
-                    died = "not scored, a process died: of too little memory? Try fewer --cores"
-                    yield {"track": pending[future], "error": died}
+                    left.remove(pending[future])
+            died = "not scored, a process died: of too little memory? Try fewer --cores"
+            yield from ({"track": track.name, "error": died} for track in left)
         except BaseException:
             for process in multiprocessing.active_children():
                 process.terminate()
@@ -316,19 +305,18 @@ def prepare(evaldir: Path, subset: str, settings: dict) -> dict:
     Returns:
         the content of summary.json
     """
-    summary, folder = Path(evaldir, "summary.json"), Path(evaldir, subset)
-    utils.writable_folder(folder)
-    for leftover in folder.glob(".*.json"):  # of a run that was killed while it wrote
-        leftover.unlink()
+    summary, folder = Path(evaldir, "summary.json"), files.writable_folder(Path(evaldir, subset))
     if not summary.exists():
         if any(folder.glob("*.json")):
             raise UsageError(f"{evaldir} holds scores, but no summary.json that tells whose: choose another --evaldir")
-        utils.write_json(summary, {"settings": settings})
-    earlier = utils.read_json(summary)
+        files.write_json(summary, {"settings": settings})
+    earlier = files.read_json(summary)
+    if not isinstance(earlier, dict) or not isinstance(earlier.get("settings"), dict):
+        raise UsageError(f"{summary} is not what evaluate.py writes: choose another --evaldir")
     for key, value in settings.items():
-        was = earlier.get("settings", {}).get(key)
+        was = earlier["settings"].get(key)
         if was != value:
-            raise UsageError(f"{evaldir} holds scores with {key} {was!r}, not {value!r}: choose another --evaldir")
+            raise UsageError(f"{evaldir} holds scores with {key} {was!r:.200}, not {value!r}: choose another --evaldir")
     return earlier
 
 
@@ -339,6 +327,44 @@ def per_minute(results: Iterable[dict]) -> dict[str, float]:
     return {part: sum(seconds[part] for seconds in scored) / minutes for part in ("separation", "museval") if scored}
 
 
+def report(
+    results: list[dict], paths: list[Path], labels: Labels, evaldir: Path, subset: str, summary: dict, cores: int
+) -> bool:
+    """Print what has come out, and write summary.json, which is to hold `summary` too.
+
+    Args:
+        results: of this run
+        paths: of the JSON files of all tracks that have scores
+    Returns:
+        whether there are scores, and no track has failed
+    """
+    silent = {result["track"]: result["silent"] for result in results if "silent" in result}
+    failed = {result["track"]: result["error"] for result in results if "error" in result}
+    summary = {**summary, "silent": silent, "failed": failed, **utils.run_metadata()}
+    summary["date"] = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    if paths:
+        lines, scores = summarize(evaldir, paths, labels, subset)
+        summary.update(scores)
+        print(lines)
+        if scores["frames_without_score"]:
+            print("Without a score, since a stem is silent, are the frames:")
+        for track, count in scores["frames_without_score"].items():
+            print(f"  {track}: {count}")
+    if seconds := per_minute(results):
+        summary["seconds_per_minute"] = {**seconds, "cores": cores}
+        print(
+            ", ".join(f"{part} {value:.1f} s" for part, value in seconds.items()) + " per minute of audio and process"
+        )
+    files.write_json(evaldir / "summary.json", without_nan(summary))
+    for track, reason in silent.items():
+        print(f"Not scored: {track}: {reason}")
+    for track, error in failed.items():
+        print(f"evaluate.py: {track}: {error}", file=sys.stderr)
+    if failed or not paths:
+        print(f"evaluate.py: {len(failed)} track(s) failed, {len(paths)} scored", file=sys.stderr)
+    return bool(paths) and not failed
+
+
 # ----------------------------------------------------------------------------------------- command line
 
 
@@ -346,8 +372,9 @@ def per_minute(results: Iterable[dict]) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = evaluate_parser().parse_args(argv)
     subset, split = ("train", "valid") if args.subset == "valid" else (args.subset, None)
-    evaldir = Path(args.evaldir or Path("evaluation", Path(args.model).resolve().stem)).expanduser()
-    mus = data.database(args.root, args.is_wav, subset, split)
+    name = Path(os.path.realpath(args.model)).stem
+    evaldir = Path(os.path.expanduser(args.evaldir or Path("evaluation", name)))
+    mus = database(args.root, args.is_wav, subset, split)
     loading = {
         "model": args.model,
         "targets": args.targets,
@@ -382,51 +409,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         **{key: loading[key] for key in ("niter", "softmask", "alpha", "residual", "wiener_win_len", "segment")},
         "weights": fingerprint(separator),
     }
-    earlier = prepare(evaldir, subset, settings)
-    outdir = args.outdir and utils.writable_folder(args.outdir)
-    files = {"sources": mus.setup["sources"], "is_wav": args.is_wav, "evaldir": evaldir, "outdir": outdir}
-    files.update(aggregate=aggregate, stems=stems)
-    scorer = Scorer(separator, **files)
-    todo = [track for track in mus.tracks if not scorer.done(track)]
-    if len(todo) < len(mus.tracks) and not args.quiet:
-        print(f"{len(mus.tracks) - len(todo)} of {len(mus.tracks)} tracks have their scores already")
-    cores = max(1, min(args.cores, len(todo)))
-    if cores > 1:
-        arguments = {"loading": {**loading, "quiet": True}, "plain": args.plain, **files}
-        results = in_processes(todo, cores, max(1, kernels.threads.get_threads() // cores), arguments)
-    else:
-        results = in_this_process(todo, scorer)
-    try:
-        results = list(tqdm(results, "Separating and scoring", len(todo), disable=args.quiet, unit="track"))
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; the same command continues") from None
-
-    silent = {result["track"]: result["silent"] for result in results if "silent" in result}
-    failed = {result["track"]: result["error"] for result in results if "error" in result}
-    paths = [scorer.json(track) for track in mus.tracks if scorer.scored(track)]
-    summary = {"settings": settings, "model": args.model, "silent": silent, "failed": failed, **utils.run_metadata()}
-    summary["date"] = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    if paths:
-        lines, scores = summarize(evaldir, paths, labels, args.subset)
-        summary.update(scores)
-        print(lines)
-        if scores["frames_without_score"]:
-            print("Without a score, since a stem is silent, are the frames:")
-        for track, count in scores["frames_without_score"].items():
-            print(f"  {track}: {count}")
-    summary["seconds_per_minute"] = earlier.get("seconds_per_minute")
-    if seconds := per_minute(results):
-        summary["seconds_per_minute"] = {**seconds, "cores": cores}
-        print(
-            ", ".join(f"{part} {value:.1f} s" for part, value in seconds.items()) + " per minute of audio and process"
-        )
-    utils.write_json(evaldir / "summary.json", without_nan(summary))
-    for track, reason in silent.items():
-        print(f"Not scored: {track}: {reason}")
-    for track, error in failed.items():
-        print(f"evaluate.py: {track}: {error}", file=sys.stderr)
-    if failed or not paths:
-        print(f"evaluate.py: {len(failed)} track(s) failed, {len(paths)} scored", file=sys.stderr)
+    files.writable_folder(evaldir)
+    with files.claimed(evaldir / ".lock", f"evaluating into {evaldir}"):
+        earlier = prepare(evaldir, subset, settings)
+        outdir = args.outdir and files.writable_folder(args.outdir)
+        options = {"sources": mus.setup["sources"], "is_wav": args.is_wav, "evaldir": evaldir, "outdir": outdir}
+        options.update(aggregate=aggregate, stems=stems)
+        scorer = Scorer(separator, **options)
+        todo = [track for track in mus.tracks if not scorer.done(track)]
+        if len(todo) < len(mus.tracks) and not args.quiet:
+            print(f"{len(mus.tracks) - len(todo)} of {len(mus.tracks)} tracks have their scores already")
+        cores = max(1, min(args.cores, len(todo)))
+        if cores > 1:
+            arguments = {"loading": {**loading, "quiet": True}, "plain": args.plain, **options}
+            results = in_processes(todo, cores, max(1, kernels.threads.get_threads() // cores), arguments)
+        else:
+            results = map(scorer, todo)
+        try:
+            results = list(tqdm(results, "Separating and scoring", len(todo), disable=args.quiet, unit="track"))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted: the same command continues") from None
+        paths = [scorer.json(track) for track in mus.tracks if scorer.scored(track)]
+        summary = {"settings": settings, "model": args.model, "seconds_per_minute": earlier.get("seconds_per_minute")}
+        is_whole = report(results, paths, labels, evaldir, args.subset, summary, cores)
+    if not is_whole:
         sys.exit(1)
 
 

@@ -7,11 +7,10 @@ bins last, with the conventions of openunmix.filtering 1.3.0. Arrays in, arrays 
 
 from __future__ import annotations  # unions, on Python 3.9
 
-import operator
-
 import numpy as np
 
 import kernels.wiener
+from utils import finite, whole
 
 
 def source_spectra(
@@ -57,7 +56,7 @@ def source_spectra(
     Returns:
         (nb_sources, nb_channels, nb_frames, nb_bins) complex; one source more with a residual
     Raises:
-        ValueError: shapes or types do not fit, or iterations or eps are negative.
+        ValueError: shapes or types do not fit, or iterations or eps cannot be.
 
     Based on S. Uhlich et al., "Improving music source separation based on deep neural networks through data
     augmentation and network blending", ICASSP 2017, and A. Nugraha, A. Liutkus and E. Vincent, "Multichannel music
@@ -75,23 +74,23 @@ def source_spectra(
             "nb_bins) and (nb_channels, nb_frames, nb_bins)"
         )
     _check_types(v, x)
-    if operator.index(iterations) < 0:
-        raise ValueError(f"{iterations} iterations: the number cannot be negative")
+    iterations = whole("iterations", iterations, 0)
     x = np.ascontiguousarray(x, np.complex64 if x.dtype == np.complex64 else np.complex128)
     v = np.ascontiguousarray(v, x.real.dtype)
     if eps is None:
         eps = np.finfo(x.dtype).eps
-    if not eps >= 0:
-        raise ValueError(f"eps {eps}: it cannot be negative")
+    finite("eps", eps, 0)
     nb_channels, nb_frames, nb_bins = x.shape
     shape = (len(v) + bool(residual), nb_channels, nb_frames, nb_bins)
     if out is None:
         out = np.empty(shape, x.dtype)
-    elif out.shape != shape or out.dtype != x.dtype or not out.flags.c_contiguous:
+    elif not isinstance(out, np.ndarray) or (out.shape, out.dtype) != (shape, x.dtype) or not out.flags.carray:
         raise ValueError(
-            f"out of shape {out.shape} and type {out.dtype}: expected {shape} and {x.dtype}, C-contiguous, for v of "
-            f"shape {v.shape} and x of shape {x.shape}"
+            f"out of shape {np.shape(out)} and type {getattr(out, 'dtype', None)}: expected {shape} and {x.dtype}, "
+            f"C-contiguous and writable, for v of shape {v.shape} and x of shape {x.shape}"
         )
+    elif np.may_share_memory(out, v) or np.may_share_memory(out, x):
+        raise ValueError("out shares memory with v or x, which are not modified")
     weight, noise = eps, np.sqrt(eps)
     if nb_channels == 1:
         noise += eps  # norbert does so; without it, as in the reference, nothing changes at 1e-10
@@ -99,7 +98,7 @@ def source_spectra(
         square = max(1.0, kernels.wiener.peak(x) / 10) ** 2
         weight, noise = weight * square, noise * square
     run = kernels.wiener.wiener if nb_channels <= 2 else _any_number_of_channels
-    run(v, x, iterations, softmask, residual, float(eps), float(weight), float(noise), out)
+    run(v, x, iterations, bool(softmask), bool(residual), float(eps), float(weight), float(noise), out)
     return out
 
 
@@ -120,7 +119,7 @@ def wiener(
     Returns:
         (nb_frames, nb_bins, nb_channels, nb_sources) complex
     Raises:
-        ValueError: shapes or types do not fit, or iterations or eps are negative.
+        ValueError: shapes or types do not fit, or iterations or eps cannot be.
 
     >>> v = np.ones((30, 65, 2, 4))  # 30 frames, 65 bins, 2 channels, 4 sources
     >>> x = np.full((30, 65, 2), 3 + 4j)
@@ -158,6 +157,7 @@ def residual_model(v: np.ndarray, x: np.ndarray, alpha: float = 1) -> np.ndarray
     _check_types(v, x)
     if not np.issubdtype(v.dtype, np.floating):
         v = v.astype(x.real.dtype)
+    finite("alpha", alpha, 0)
     eps = np.finfo(v.dtype).eps  # against division by zero
     mixture = np.maximum(eps, np.abs(x) ** alpha)
     total = v.sum(axis=-1)
@@ -178,7 +178,7 @@ def _check_layout(v, x):
 
 
 def _check_types(v, x):
-    if np.iscomplexobj(v) or not np.iscomplexobj(x):
+    if v.dtype.kind not in "fiub" or x.dtype.kind != "c":
         raise ValueError(f"v of type {v.dtype} and x of type {x.dtype}: expected real magnitudes, a complex mixture")
 
 

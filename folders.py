@@ -8,14 +8,15 @@ and what a separator needs to know besides.
 import glob
 import re
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Union
 
-import utils
+import files
 from args import TARGETS
 from utils import UsageError
 
 CONFIG = "separator.json"
 KINDS = (".h5", ".pth")
+MOST_TARGETS = 100
 UNSAID = {"nhop": 1024, "sample_rate": 44100}  # of files that come without separator.json: Sony's, the music models
 
 
@@ -32,10 +33,22 @@ def name_of(targets: list) -> str:
 def check_targets(targets: list) -> None:
     """UsageError unless these can be targets: their names are parts of file names, and differ."""
     for target in targets:
-        if not utils.is_file_name(target) or "+" in target or target.startswith("."):
-            raise UsageError(f"the target {target!r} cannot name a file: letters, digits, - and _ will do")
+        is_name = isinstance(target, str) and files.is_file_name(target) and target.isprintable() and len(target) < 64
+        if not is_name or "+" in target or target.startswith("."):
+            raise UsageError(f"the target {target!r:.99} cannot name a file: letters, digits, - and _ will do")
     if len(set(targets)) < len(targets):
         raise UsageError(f"a target is named twice: {', '.join(targets)}")
+
+
+def asked_for(targets: Union[None, str, list]) -> Optional[list]:
+    """Targets as a caller names them, one or several, as a list; None for all. UsageError if they cannot be targets."""
+    if targets is None:
+        return None
+    targets = [targets] if isinstance(targets, str) else targets
+    if not isinstance(targets, (list, tuple, set, frozenset)) or not targets:
+        raise UsageError(f"targets {targets!r}: expected a name, names, or None for all")
+    check_targets(list(targets))
+    return list(targets)
 
 
 def read_config(path: Path) -> dict:
@@ -46,17 +59,17 @@ def read_config(path: Path) -> dict:
     """
     if not path.exists():
         return {}
-    config = utils.read_json(path)
+    config = files.read_json(path)
     if not isinstance(config, dict):
         raise UsageError(f"{path} is not what a training writes")
     for key in config.keys() & {"nfft", "nhop", "sample_rate", "nb_channels"}:
         value = config[key]
         if type(value) not in (int, float) or not 0 < value < 2**31 or value != int(value):
-            raise UsageError(f"{path} has {key} {value!r}, which is not a positive whole number")
+            raise UsageError(f"{path} has {key} {value!r:.99}, which is not a positive whole number")
         config[key] = int(value)  # openunmix writes sample rates as 44100.0
     targets = config.get("targets")
-    if targets is not None and not (isinstance(targets, list) and all(isinstance(name, str) for name in targets)):
-        raise UsageError(f"{path} has targets {targets!r}, which is not a list of names")
+    if targets is not None and not (isinstance(targets, list) and len(targets) <= MOST_TARGETS):
+        raise UsageError(f"{path} has targets {targets!r:.99}, which is not a list of names")
     try:
         check_targets(targets or [])
     except UsageError as error:
@@ -68,8 +81,9 @@ def read_config(path: Path) -> dict:
 
 def write_config(folder: Path, config: dict, targets: list) -> None:
     """separator.json; the targets that are there already stay. `check_config` comes first."""
-    earlier = check_config(folder, config)
-    utils.write_json(folder / CONFIG, {**config, "targets": sorted({*earlier.get("targets", []), *targets})})
+    with files.alone(folder):  # trainings of other targets write it too
+        earlier = check_config(folder, config)
+        files.write_json(folder / CONFIG, {**config, "targets": sorted({*earlier.get("targets", []), *targets})})
 
 
 def check_config(folder: Path, config: dict) -> dict:

@@ -21,8 +21,18 @@ import context
 import fast
 import kernels.spectra
 from fast import BN_DECAY, BN_EPS
+from utils import finite, whole
 
 # ------------------------------------------------------------------------------- audio to spectrogram
+
+
+def _check_frames(x, n_fft, n_hop, center):
+    """ValueError unless audio has frames of this size."""
+    whole("n_fft", n_fft)
+    whole("n_hop", n_hop)
+    if x.ndim != 3:
+        raise ValueError(f"audio of shape {x.shape}: expected (nb_samples, nb_channels, nb_timesteps)")
+    kernels.spectra.nb_frames(x.shape[2], n_fft, n_hop, center)
 
 
 def stft(x: nn.Variable, n_fft: int, n_hop: int, center: bool) -> tuple[nn.Variable, nn.Variable]:
@@ -35,10 +45,10 @@ def stft(x: nn.Variable, n_fft: int, n_hop: int, center: bool) -> tuple[nn.Varia
     Returns:
         real, imaginary: (N, C, F, T)
     Raises:
-        ValueError: the audio is too short for a frame, or for the reflection.
+        ValueError: sizes that cannot be; the audio is too short for a frame, or for the reflection.
     """
+    _check_frames(x, n_fft, n_hop, center)
     nb_samples, nb_channels, nb_timesteps = x.shape
-    kernels.spectra.nb_frames(nb_timesteps, n_fft, n_hop, center)  # raises
     packed = F.reshape(x, (nb_samples * nb_channels, nb_timesteps), inplace=False)
     real, imag = F.stft(packed, n_fft, n_hop, n_fft, window_type="hanning", center=center, pad_mode="reflect")
     shape = (nb_samples, nb_channels) + real.shape[1:]
@@ -52,7 +62,12 @@ def magnitude(real: nn.Variable, imag: nn.Variable, power: float, mono: bool) ->
         real, imag: (N, C, F, T)
     Returns:
         (T, N, 1 if mono else C, F)
+    Raises:
+        ValueError: shapes differ, or the power is none.
     """
+    if real.ndim != 4 or real.shape != imag.shape:
+        raise ValueError(f"real part of shape {real.shape}, imaginary of {imag.shape}: expected (N, C, F, T) of both")
+    finite("power", power, 0)
     spectrogram = F.pow_scalar(real**2 + imag**2, power / 2)
     if mono:
         spectrogram = F.mean(spectrogram, axis=1, keepdims=True)
@@ -63,7 +78,8 @@ def spectrogram(
     x: nn.Variable, n_fft: int, n_hop: int, center: bool = False, power: float = 1, mono: bool = False
 ) -> nn.Variable:
     """Audio (N, C, nb_timesteps) to its magnitude (T, N, 1 if mono else C, F), as `magnitude` of `stft`."""
-    kernels.spectra.nb_frames(x.shape[2], n_fft, n_hop, center)
+    _check_frames(x, n_fft, n_hop, center)
+    finite("power", power, 0)
     if context.fast() and not x.need_grad:  # the fast form has no gradient
         return fast.Spectrogram(n_fft, n_hop, center, power, mono)(x)
     return magnitude(*stft(x, n_fft, n_hop, center), power, mono)

@@ -6,9 +6,13 @@ from typing import Optional
 import nnabla as nn
 import nnabla.functions as F
 import numpy as np
+from nnabla.initializer import ConstantInitializer
 from nnabla.parameter import get_parameter_or_create
 
 import functions
+from utils import finite, whole
+
+LARGEST = 2**20  # of sizes: NNabla multiplies some of them, in 64 bits
 
 
 def STFT(x: nn.Variable, n_fft: int = 4096, n_hop: int = 1024, center: bool = False) -> tuple:
@@ -72,27 +76,38 @@ class OpenUnmix:
         power: float = 1,
         dropout: float = 0.4,
     ):
-        self.n_fft, self.n_hop, self.sample_rate = n_fft, n_hop, sample_rate
-        self.nb_bins = n_fft // 2 + 1
-        self.max_bin = self.nb_bins if max_bin is None else int(max_bin)
-        self.input_is_spectrogram = input_is_spectrogram
-        self.hidden_size, self.nb_layers = hidden_size, nb_layers
-        self.nb_channels, self.power, self.dropout = nb_channels, power, dropout
-        self.unidirectional = unidirectional
-        if not 1 <= self.max_bin <= self.nb_bins:
-            raise ValueError(f"max_bin {self.max_bin} is not within 1 … {self.nb_bins}, the bins of n_fft {n_fft}")
+        self.n_fft, self.n_hop = whole("n_fft", n_fft, 2), whole("n_hop", n_hop)
+        if n_fft % 2:
+            raise ValueError(f"n_fft {n_fft} is odd")
+        self.nb_bins = self.n_fft // 2 + 1
+        self.max_bin = self.nb_bins if max_bin is None else whole("max_bin", max_bin, 1, self.nb_bins)
+        self.hidden_size = whole("hidden_size", hidden_size, 1, LARGEST)
+        self.nb_layers = whole("nb_layers", nb_layers, 1, 100)
+        self.nb_channels = whole("nb_channels", nb_channels, 1, LARGEST)
+        self.sample_rate = finite("sample_rate", sample_rate, 1)
+        self.power, self.dropout = finite("power", power, 0), finite("dropout", dropout, 0, 1)
+        if dropout == 1:
+            raise ValueError("dropout 1 leaves nothing")
+        for name, value in (("input_is_spectrogram", input_is_spectrogram), ("unidirectional", unidirectional)):
+            if not isinstance(value, (bool, np.bool_)):
+                raise ValueError(f"{name} {value!r} is neither True nor False")
+        self.input_is_spectrogram, self.unidirectional = bool(input_is_spectrogram), bool(unidirectional)
         if not unidirectional and hidden_size % 2:
             raise ValueError(f"hidden_size {hidden_size} is odd: a bidirectional LSTM has half of it per direction")
-        self.input_mean = self._statistic("input_mean", input_mean, lambda mean: -mean, 0)
-        self.input_scale = self._statistic("input_scale", input_scale, lambda std: 1 / std, 1)
+        self.input_mean = self._statistic("input_mean", input_mean, lambda mean: -mean, ConstantInitializer(0))
+        self.input_scale = self._statistic("input_scale", input_scale, lambda std: 1 / std, ConstantInitializer(1))
 
     def _statistic(self, name, values, to_parameter, default):
         if values is None:
-            return np.full(self.max_bin, default, np.float32)
+            return default
         values = np.asarray(values, np.float64)
         if values.ndim != 1 or len(values) < self.max_bin:
             raise ValueError(f"{name} has shape {values.shape}: it needs one value for each of {self.max_bin} bins")
-        return to_parameter(values[: self.max_bin]).astype(np.float32)
+        with np.errstate(all="ignore"):
+            parameter = to_parameter(values[: self.max_bin]).astype(np.float32)
+        if not np.isfinite(parameter).all():
+            raise ValueError(f"{name} has values that are not finite, or deviations of 0")
+        return parameter
 
     @property
     def separator_config(self) -> dict:
@@ -142,8 +157,8 @@ class OpenUnmix:
 
         `target` says whose parameters: that of a joint network; None here.
         """
-        mean = get_parameter_or_create(_name("output_mean", target), (self.nb_bins,), np.ones(self.nb_bins))
-        scale = get_parameter_or_create(_name("output_scale", target), (self.nb_bins,), np.ones(self.nb_bins))
+        mean = get_parameter_or_create(_name("output_mean", target), (self.nb_bins,), ConstantInitializer(1))
+        scale = get_parameter_or_create(_name("output_scale", target), (self.nb_bins,), ConstantInitializer(1))
         h = functions.affine([h], self.nb_channels * self.nb_bins, name=_name("fc3", target))
         return functions.mask(h, scale, mean, X, test, name=_name("fc3", target))
 
@@ -184,6 +199,8 @@ class JointOpenUnmix(OpenUnmix):
 
     def __init__(self, targets: Sequence[str], **options):
         super().__init__(**options)
+        if isinstance(targets, str) or not all(isinstance(target, str) for target in targets):
+            raise ValueError(f"targets {targets!r} are not a sequence of names")
         self.targets = tuple(targets)
         if not self.targets or len(set(self.targets)) < len(self.targets):
             raise ValueError(f"targets {self.targets}: expected different names, at least one")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations  # unions, on Python 3.9
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pooch
 from requests.exceptions import ConnectionError as NoConnection
 
-import utils
+import files
 from utils import UsageError
 
 ZENODO = "https://zenodo.org/records"
@@ -84,23 +85,25 @@ def fetch(
         UsageError: no such target; a file cannot be downloaded, or is not the published one.
     """
     published = MODELS[name]
-    folder = Path(model_dir).expanduser() if model_dir else Path(pooch.os_cache("open-unmix-nnabla")) / name
+    folder = Path(os.path.expanduser(model_dir)) if model_dir else Path(pooch.os_cache("open-unmix-nnabla")) / name
     if unknown := [target for target in targets or () if target not in published.files]:
         raise UsageError(f"{name} has no target {', '.join(unknown)}: it has {', '.join(published.files)}")
     paths = {target: folder / published.files[target] for target in targets or published.files}
     for path in paths.values():
         if path.exists():
-            if not _is_published(path, path.name):
+            if not path.is_file() or not _is_published(path, path.name):
                 raise UsageError(f"{path} is damaged: its SHA-256 is not that in its name; delete it")
             continue
         url = f"{published.url}/{path.name}"
+        files.writable_folder(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with utils.atomic_path(path) as temporary:
+            with files.atomic_path(path) as temporary:
                 pooch.HTTPDownloader(progressbar=not quiet)(url, temporary, None)
                 if not _is_published(temporary, path.name):
                     raise UsageError(f"{url} is not the published file: its SHA-256 is not that in its name")
         except OSError as error:
+            if error.errno is not None:  # the disk's, not the network's
+                raise
             missing = ", ".join(other.name for other in paths.values() if not other.exists())
             reason = "no connection" if isinstance(error, NoConnection) else " ".join(str(error).split())[:200]
             raise UsageError(

@@ -5,13 +5,15 @@ Medians are over frames, then over tracks, the way of SiSEC 2018.
 
 from __future__ import annotations  # unions, on Python 3.9
 
+import io
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import utils
+import files
 
 if TYPE_CHECKING:
     import museval  # slow to import
@@ -33,8 +35,24 @@ def read_scores(paths: Iterable[Path]) -> museval.EvalStore:
 
     store = museval.EvalStore()
     for path in paths:
-        store.add_track(json2df(utils.read_json(path), path.stem))
+        store.add_track(json2df(files.read_json(path), path.stem))
     return store
+
+
+def is_complete(track: Any, targets: Iterable[str]) -> bool:
+    """Whether the content of a JSON file is what museval writes: all metrics, in the same frames of these targets."""
+    try:
+        frames = {target["name"]: target["frames"] for target in track["targets"]}
+        times = {tuple(frame["time"] for frame in some) for some in frames.values()}
+        numbers = []
+        for frame in (frame for some in frames.values() for frame in some):
+            if frame.keys() != {"time", "duration", "metrics"} or frame["metrics"].keys() != set(METRICS):
+                return False
+            numbers += [frame["time"], frame["duration"], *frame["metrics"].values()]
+        are_numbers = all(type(number) in (int, float) and not math.isinf(number) for number in numbers)
+        return are_numbers and len(frames) == len(track["targets"]) and len(times) == 1 and set(frames) == set(targets)
+    except (KeyError, TypeError, AttributeError, OverflowError):  # OverflowError: an integer of 1000 digits
+        return False
 
 
 def medians(store: museval.EvalStore) -> Scores:
@@ -86,12 +104,18 @@ def plot(path: Path, tracks: dict[str, Scores], labels: Labels, title: str) -> N
             for x, column in enumerate(columns, 1):
                 aside = np.linspace(-0.2, 0.2, len(column) + 2)[1:-1]
                 axes.plot(x + aside, column, ".", color="C0", ms=4, alpha=0.5)
-            axes.set_xticks(range(1, len(targets) + 1), targets, rotation=30, ha="right")
+            axes.set_xticks(range(1, len(targets) + 1), map(_verbatim, targets), rotation=30, ha="right")
             axes.set_title(metric)
             axes.grid(axis="y", lw=0.4)
-        row[0].set_ylabel(f"{label}, dB")
-    with utils.atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+        row[0].set_ylabel(_verbatim(f"{label}, dB"))
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120)
+    files.write(path, picture.getvalue())
+
+
+def _verbatim(text):
+    """Text that matplotlib shows as it is: neither formulas in it nor half characters."""
+    return text.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
 def without_nan(value: Any) -> Any:
@@ -123,7 +147,7 @@ def summarize(evaldir: str | Path, paths: list[Path], labels: Labels, subset: st
     counted = by_track["SDR"].dropna().index.get_level_values("track").nunique()
     title = f"{MODE}, median over frames, then over {counted} track{'s' * (counted != 1)} of {subset}, in dB"
     plot(Path(evaldir, "scores.png"), tracks, labels, title)
-    return table(scores, labels, f"{title}\n", utils.read_json(PUBLISHED)), {
+    return table(scores, labels, f"{title}\n", files.read_json(PUBLISHED)), {
         "scores": {label: {target: scores[target] for target in targets} for label, targets in labels.items()},
         "tracks": tracks,
         "frames_without_score": {track: f"{count} of {total}" for track, (count, total) in frames.items() if count},

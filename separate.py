@@ -3,32 +3,33 @@
 from __future__ import annotations  # unions, on Python 3.9
 
 import contextlib
-import json
-import logging
+import numbers
+import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import utils
+
 if __name__ == "__main__":
-    logging.getLogger("nnabla").setLevel(logging.WARNING)  # else its import is announced
+    utils.start()  # before imports that take long
 
 import nnabla as nn
 import nnabla_ext.cpu
 import numpy as np
-from tqdm import tqdm
 
 import audio
 import context
+import files
 import filtering
 import functions
 import kernels.spectra
 import kernels.threads
 import trained
-import utils
-from args import separate_parser
-from audio import RawAudio, check_samples, resample
+from args import MOST_ALPHA, MOST_ITERATIONS, separate_parser
+from audio import check_channels, check_rate, check_samples, resample
 from context import extension_context
+from stems import check_places, checked_aggregate, checked_subtype, write_stems
 from utils import UsageError
 
 # -------------------------------------------------------------------------------------- separator
@@ -67,14 +68,29 @@ class Separator:
         segment: float = 480.0,
         overlap: float = 10.0,
     ):
-        self.models = models
-        self.targets = list(targets) if targets else [target for model in models for target in model.targets]
+        if not models or not all(isinstance(model, trained.Model) for model in models):
+            raise UsageError("expected a list of models, as trained.load_models gives them")
+        if not _is(numbers.Integral, niter) or not 0 <= niter <= MOST_ITERATIONS:
+            raise UsageError(f"niter is {niter!r}: expected a whole number from 0 to {MOST_ITERATIONS}")
+        if wiener_win_len is not None and not (_is(numbers.Integral, wiener_win_len) and wiener_win_len > 0):
+            raise UsageError(f"wiener_win_len is {wiener_win_len!r}: a window is a whole number of frames, or None")
+        if not _is(numbers.Real, segment) or not _is(numbers.Real, overlap) or not segment > 2 * overlap >= 0:
+            raise UsageError(
+                f"segment {segment!r}, overlap {overlap!r}: a segment is longer than two overlaps, in seconds"
+            )
+        if not _is(numbers.Real, alpha) or not 0 < alpha <= MOST_ALPHA:
+            raise UsageError(f"alpha is {alpha!r}: expected more than 0, at most {MOST_ALPHA}")
+        if not isinstance(residual, (bool, str)):
+            raise UsageError(f"residual is {residual!r}: expected True, False or a name")
+        self.models = list(models)
+        known = [target for model in models for target in model.targets]
+        self.targets = _names(targets) or known
+        if unknown := [target for target in self.targets if target not in known]:
+            raise UsageError(f"the models have no target {unknown[0]!r}: they have {', '.join(known)}")
         self.sources = self.targets + ([residual if isinstance(residual, str) else "residual"] if residual else [])
         if len(set(self.sources)) < len(self.sources):
             raise UsageError(f"two stems of one name: {', '.join(self.sources)}")
-        if niter < 0 or (wiener_win_len is not None and wiener_win_len < 1) or not segment > 2 * overlap >= 0:
-            raise UsageError("niter cannot be negative, a window must have a frame, a segment two overlaps")
-        if not all(map(utils.is_file_name, self.sources)):
+        if not all(map(files.is_file_name, self.sources)):
             raise UsageError(f"stems become files, but {', '.join(map(repr, self.sources))} are not all names of files")
         if alpha != 1 and not softmask:
             raise UsageError("alpha is the exponent in the soft mask: it has no effect without softmask")
@@ -83,16 +99,19 @@ class Separator:
         self.is_spectral = models[0].domain == "spectrogram"
         if any(model.domain != models[0].domain for model in models):
             raise UsageError("models of spectrograms and models in the time domain cannot be filtered together")
+        if any(model.config != models[0].config for model in models):
+            raise UsageError("the models differ in sample rate, channels or STFT")
         if self.is_spectral and self.n_hop > self.n_fft // 2:
             raise UsageError(f"a hop of {self.n_hop} leaves gaps between windows of {self.n_fft} samples")
         if softmask and not self.is_spectral:
             raise UsageError("a soft mask starts the Wiener filter, which networks in the time domain do without")
         self.niter = niter if len(self.sources) > 1 else 0
         self.softmask, self.alpha, self.residual = softmask, alpha, bool(residual)
-        self.wiener_win_len = wiener_win_len
+        self.wiener_win_len = wiener_win_len and min(wiener_win_len, 2**40)
         self.context = extension_context(context, device_id)
+        segment, overlap = min(segment, 1e9), min(overlap, 4e8)  # more is no recording, and less than infinity
         # whole windows of the filter, so that a segment's windows are those of the whole recording
-        unit = (wiener_win_len or 1) * self.n_hop
+        unit = (self.wiener_win_len or 1) * self.n_hop
         self.overlap = -(round(overlap * self.sample_rate) // -unit) * unit  # rounded up
         self.segment = max(self.overlap, round(segment * self.sample_rate / unit) * unit, unit) + self.overlap
 
@@ -117,7 +136,9 @@ class Separator:
 
         `network`, "FILE.py:CLASS", names the class of a network that is not ours again, whose file is run.
         """
-        targets = [targets] if isinstance(targets, str) else targets
+        if not isinstance(model, (str, os.PathLike)):
+            raise UsageError(f"model is {model!r}: expected a name, a folder or a file")
+        targets = _names(targets) or None
         network = trained.read_network(network, network_options)
         models, _ = trained.load_models(model, targets, model_dir, network, quiet)
         options.update(niter=niter, softmask=softmask, residual=residual)
@@ -135,12 +156,16 @@ class Separator:
         Raises:
             UsageError: not floats of that shape, empty, with samples that are not finite (or huge), or no rate.
         """
-        audio = np.asarray(audio)
+        try:
+            audio = np.asarray(audio)
+        except ValueError as error:
+            raise UsageError(f"expected audio (nb_channels, nb_timesteps): {error}") from None
         if audio.ndim != 2 or not audio.size or audio.dtype.kind != "f":
             raise UsageError(f"audio {audio.dtype} {audio.shape}: expected floats (nb_channels, nb_timesteps)")
-        if not 0 < rate < float("inf"):
-            raise UsageError(f"a sample rate of {rate} Hz")
-        audio = np.asarray(audio, np.float32)
+        check_channels(len(audio), "the audio")
+        check_rate(rate, "the audio")
+        with np.errstate(over="ignore"):  # infinity, which is no sample
+            audio = np.asarray(audio, np.float32)
         check_samples(audio, "the audio")
         x = resample(audio, rate, self.sample_rate)
         stems = np.empty((len(self.sources), len(x), x.shape[1]), np.float32)
@@ -158,15 +183,15 @@ class Separator:
         Yields:
             start, stems (nb_sources, nb_channels, …): consecutive pieces of all stems
         """
-        # Flat where it begins: an estimate is worst at the end of its segment.
-        fade = (np.sin(np.linspace(0, np.pi / 2, self.overlap + 2)[1:-1]) ** 2).astype(np.float32)
-        tail = None  # the end of the segment before, faded out
+        fade = tail = None  # the end of the segment before, faded out
         start = 0
         while True:
             stop = min(start + self.segment, nb_timesteps)
             last = stop == nb_timesteps
             following = np.zeros((len(self.sources), nb_channels, 0 if last else self.overlap), np.float32)
             keep = stop - start - following.shape[2]  # from here on, the next segment takes over
+            if fade is None and not last:  # flat where it begins: an estimate is worst at the end of its segment
+                fade = (np.sin(np.linspace(0, np.pi / 2, self.overlap + 2)[1:-1]) ** 2).astype(np.float32)
             for position, block in self._segment(read(start, stop)):
                 end = position + block.shape[2]
                 if tail is not None and position < self.overlap:
@@ -208,7 +233,7 @@ class Separator:
         for k in range(0, len(x), self.nb_channels):
             part = x[k : k + self.nb_channels]
             twice = len(part) < self.nb_channels
-            with nn.context_scope(self.context), nn.auto_forward(False):
+            with self._graphs():
                 audio = nn.Variable.from_numpy_array((np.concatenate([part, part]) if twice else part)[None])
                 estimates = {target: y[0] for target, (_, y) in self._features(audio).items()}
             for stem, target in zip(stems, self.targets):
@@ -222,8 +247,7 @@ class Separator:
         nb_channels = len(x)
         if self.nb_channels == 2 and nb_channels == 1:
             x = np.concatenate([x, x])
-        # The scopes must not span a yield: what runs in between has contexts of its own.
-        with nn.context_scope(self.context), nn.auto_forward(False):
+        with self._graphs():
             features = self._encode(x)
         nb_frames = kernels.spectra.nb_frames(x.shape[1], self.n_fft, self.n_hop, center=True)
         window = self.wiener_win_len or nb_frames
@@ -231,13 +255,19 @@ class Separator:
         for start in range(0, nb_frames, window):
             spectra = kernels.spectra.stft(x, self.n_fft, self.n_hop, start, min(start + window, nb_frames))
             X = kernels.spectra.magnitude(spectra, self.nb_channels == 1)
-            with nn.context_scope(self.context), nn.auto_forward(False):
+            with self._graphs():
                 v = self._decode(X, features, start)
             if y is None or y.shape[2] != v.shape[1]:
                 y = np.empty((len(self.sources),) + spectra.shape, np.complex64)  # the memory of all windows
             filtering.source_spectra(v, spectra, self.niter, self.softmask, self.residual, out=y)
             del spectra, X, v  # before the next ones come
             yield y.mean(axis=1, keepdims=True) if nb_channels < len(x) else y
+
+    @contextlib.contextmanager
+    def _graphs(self):
+        """Where graphs are built and run. It must not span a yield: what runs in between has contexts of its own."""
+        with context.exclusive(), nn.context_scope(self.context), nn.auto_forward(False):
+            yield
 
     def _encode(self, x):
         """{target: (its model, features of all frames)}."""
@@ -276,6 +306,22 @@ class Separator:
         return v ** np.float32(self.alpha) if self.alpha != 1 else v
 
 
+def _is(kind, value):
+    """Whether it is a number of a kind: True and False are none, though Python counts with them."""
+    return isinstance(value, kind) and not isinstance(value, (bool, np.bool_))
+
+
+def _names(targets):
+    """A list of names, which may be a single one, or None."""
+    try:
+        names = [targets] if isinstance(targets, str) else list(() if targets is None else targets)
+    except TypeError:
+        names = [None]
+    if not all(isinstance(name, str) for name in names):
+        raise UsageError(f"targets {targets!r}: expected names")
+    return names
+
+
 class OverlapAdd:
     """The inverse of the centred STFT, for frames that come in pieces: torch.istft's formula.
 
@@ -312,99 +358,13 @@ class OverlapAdd:
             yield start + cut.start, sums
 
 
-# ------------------------------------------------------------------------------------------ files
-
-
-def write_stems(
-    separator: Separator,
-    path: str | Path,
-    outdir: str | Path,
-    start: float = 0.0,
-    duration: float | None = None,
-    aggregate: dict[str, list[str]] | None = None,
-    ext: str = "wav",
-    subtype: str | None = None,
-    quiet: bool = True,
-) -> float:
-    """Write the stems of a recording to <outdir>/<stem>.<ext>, at its own rate and of its length.
-
-    Memory does not grow with the recording. Stems that would clip in an integer format are all scaled down alike.
-
-    Args:
-        aggregate: {name: stems that are added to make it}; None: the separator's stems
-        subtype: "16", "24" or "float"; None: float for wav, 24 for flac
-    Returns:
-        the factor that the stems are scaled with
-    Raises:
-        UsageError: the recording cannot be used; nothing is written.
-    """
-    aggregate = aggregate or {name: [name] for name in separator.sources}
-    subtype = {"16": "PCM_16", "24": "PCM_24", "float": "FLOAT"}[subtype or ("float" if ext == "wav" else "24")]
-    is_new = not Path(outdir).exists()
-    outdir = utils.writable_folder(outdir)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".separate.", dir=outdir) as folder:
-            stems = _raw_stems(separator, Path(path), Path(folder), start, duration, aggregate, quiet)
-            peak = max(stem.peak for stem in stems)
-            factor = 0.999 / peak if peak > 0.999 and subtype != "FLOAT" else 1.0
-            with contextlib.ExitStack() as renamed_together:
-                for name, stem in zip(aggregate, stems):
-                    temporary = renamed_together.enter_context(utils.atomic_path(outdir / f"{name}.{ext}"))
-                    audio.write(temporary, stem, ext.upper(), subtype, factor)
-                    stem.close()
-    finally:
-        if is_new and not any(outdir.iterdir()):
-            outdir.rmdir()
-    return factor
-
-
-def _raw_stems(separator, path, folder, start, duration, aggregate, quiet):
-    """The stems of a recording at its own rate, a RawAudio in `folder` for each of `aggregate`."""
-    recording, rate, nb_timesteps = audio.decode(path, separator.sample_rate, folder, start, duration)
-    stems = [RawAudio(folder / f"stem{k}", recording.rate, recording.nb_channels) for k in range(len(aggregate))]
-    parts = [[separator.sources.index(name) for name in names] for names in aggregate.values()]
-    with tqdm(total=round(recording.nb_timesteps / recording.rate), desc=path.name, unit="s", disable=quiet) as bar:
-        for _, block in separator.stream(recording.read, recording.nb_channels, recording.nb_timesteps):
-            for stem, part in zip(stems, parts):
-                stem.append(block[part].sum(axis=0))
-            bar.update(round(stems[0].nb_timesteps / recording.rate) - bar.n)
-    recording.close()
-    return [stem.resampled(rate, nb_timesteps) for stem in stems] if rate != recording.rate else stems
-
-
 # ------------------------------------------------------------------------------------ command line
-
-
-def checked_aggregate(separator: Separator, text: str | None) -> dict[str, list[str]] | None:
-    """What --aggregate says, {name: stems to add up}, or None if it is not given.
-
-    Raises:
-        UsageError: it does not fit the separator; or, for both commands alike, a soft mask of a single target, which
-            would be all of the mixture (the class computes it, as the reference does).
-    """
-    if separator.softmask and len(separator.targets) == 1:
-        raise UsageError("--softmask shares the mixture out among targets: it needs two of them")
-    if not text:
-        return None
-    sources = separator.sources
-    try:
-        aggregate = json.loads(text)
-        fits = all(
-            names and set(names) <= set(sources) and utils.is_file_name(name) for name, names in aggregate.items()
-        )
-    except (ValueError, AttributeError, TypeError):
-        fits = False
-    if not fits or not aggregate:
-        example = json.dumps({"accompaniment": sources[1:]})
-        raise UsageError(f"--aggregate {text}: expected stems ({', '.join(sources)}) by name, as {example}")
-    return aggregate
 
 
 @utils.command
 def main(argv: Sequence[str] | None = None) -> None:
     args = separate_parser().parse_args(argv)
-    if args.ext == "flac" and args.subtype == "float":
-        raise UsageError("flac holds integers: --subtype 16 or 24")
+    checked_subtype(args.ext, args.subtype)
     recordings = audio.recordings(args.inputs)
     context.use(args.context, args.device_id, args.plain, args.threads)
     separator = Separator.load(
@@ -424,16 +384,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         segment=args.segment,
     )
     aggregate = checked_aggregate(separator, args.aggregate)
-    failed = 0
-    for path, name in recordings:
-        outdir = Path(args.outdir, name) if args.outdir else Path(f"{name}_{Path(args.model).resolve().stem}")
+    outdir, model = args.outdir and os.path.expanduser(args.outdir), Path(args.model).resolve().stem
+    songs = [(path, Path(outdir, name) if outdir else Path(f"{name}_{model}")) for path, name in recordings]
+    check_places(songs, aggregate or separator.sources, args.ext)
+    failures = set()
+    for path, outdir in songs:
         try:
             factor = write_stems(
                 separator, path, outdir, args.start, args.duration, aggregate, args.ext, args.subtype, args.quiet
             )
-        except UsageError as error:
-            print(f"separate.py: {error}", file=sys.stderr)
-            failed += 1
+        except Exception as error:  # whatever is wrong with one song, the others are done
+            if utils.is_ending():
+                raise
+            print(f"separate.py: {_line(path, error)}", file=sys.stderr)
+            failures.add(2 if isinstance(error, UsageError) else 1)
             continue
         if not args.quiet:
             print(f"{path} -> {outdir}")
@@ -442,8 +406,19 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{path}: stems scaled by {factor:.3f}, or they would clip; --subtype float keeps levels",
                 file=sys.stderr,
             )
-    if failed:
-        sys.exit(2)
+    if failures:
+        sys.exit(min(failures))
+
+
+def _line(path, error):
+    """What went wrong with a song, in a line that says where."""
+    if isinstance(error, MemoryError):
+        error = f"{path}: not enough memory"
+    elif not isinstance(error, (UsageError, OSError)):
+        error = f"{path}: {type(error).__name__}: {error}"
+    elif isinstance(error, OSError):
+        error = utils.describe(error) if error.filename else f"{path}: {error}"
+    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import numpy as np
 
 import context
 import kernels.training
+import utils
 
 
 class _Adam:
@@ -17,6 +18,7 @@ class _Adam:
         self.parameters = dict(parameters)
         self.step = 0
 
+    @context.exclusive()
     def update(self) -> None:
         """One step along the gradients that the parameters hold."""
         self.step += 1
@@ -29,8 +31,25 @@ class _Adam:
         return state
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
-        self.step = int(state["step"])
-        for name, moment in self.moments().items():
+        """Go on from what `get_state` returned.
+
+        Raises:
+            ValueError: it is not of a solver of these parameters; nothing is changed then.
+        """
+        moments = self.moments()
+        if state.keys() != {"step", *moments}:
+            raise ValueError(f"moments of other parameters: {utils.some(sorted(state.keys() ^ {'step', *moments}))}")
+        step = np.asarray(state["step"])
+        if step.shape or step.dtype.kind not in "iu" or not 0 <= step < 2**53:
+            raise ValueError(f"the number of steps cannot be {state['step']}")
+        for name, moment in moments.items():
+            value = np.asarray(state[name])
+            if value.shape != moment.shape or value.dtype != moment.dtype:
+                raise ValueError(f"{name} is {value.dtype} {value.shape}, expected {moment.dtype} {moment.shape}")
+            if not np.isfinite(value).all() or (name.endswith("/var") and (value < 0).any()):
+                raise ValueError(f"{name} has values that no moment has")
+        self.step = int(step)
+        for name, moment in moments.items():
             moment[...] = state[name]
 
 
@@ -96,6 +115,7 @@ class _FastAdam(_Adam):
         kernels.training.adam(arrays, self.step, self.lr, self.beta1, self.beta2, self.eps, self.weight_decay)
 
 
+@context.exclusive()
 def Adam(parameters: dict[str, nn.Variable], lr: float = 1e-3, weight_decay: float = 0.0) -> _Adam:
     """Adam (Kingma & Ba 2015) with eps added after the bias correction, as in torch; β 0.9 and 0.999, eps 1e-8.
 

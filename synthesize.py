@@ -6,16 +6,20 @@ A song depends on (seed, subset, index) alone, so that asking for more songs cha
 from __future__ import annotations  # unions, on Python 3.9
 
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import utils
+
+if __name__ == "__main__":
+    utils.start()  # before imports that take long
+
 import numpy as np
-import soundfile
 from tqdm import tqdm
 
 import args
-import utils
+import files
+from audio import write
 from music import song
 
 # By these names (its configs/mus.yaml) musdb tells validation songs from the others in train/.
@@ -41,11 +45,11 @@ NOUNS = ("Arcade", "Canyon", "Engine", "Garden", "Harbour", "Lantern", "Letter",
 
 def write_track(folder: Path, sources: dict[str, np.ndarray], sample_rate: int) -> None:
     """Writes 16-bit files, <name>.wav and mixture.wav; the mixture is the exact sum of the written integers."""
-    folder.mkdir(parents=True)
-    integers = {name: np.rint(32767 * source.T).astype(np.int32) for name, source in sources.items()}
+    folder.mkdir()
+    integers = {name: np.rint(32767 * source).astype(np.int32) for name, source in sources.items()}
     integers["mixture"] = sum(integers.values())
     for name, audio in integers.items():
-        soundfile.write(folder / f"{name}.wav", audio.astype(np.int16), sample_rate, subtype="PCM_16")
+        write(folder / f"{name}.wav", [audio.astype(np.int16)], audio.shape, sample_rate, "WAV", "PCM_16")
 
 
 def synthesize(
@@ -72,12 +76,12 @@ def synthesize(
     if not 1 < duration < 3600:
         raise utils.UsageError(f"a song lasts more than 1 s and less than an hour, not {duration} s")
 
-    output = utils.writable_folder(output)
-    label, partial = output / "synthesize.json", output / ".partial"
+    output = files.writable_folder(output)
+    label = output / "synthesize.json"
     settings = {**counts, "duration": duration, "seed": seed, "sample_rate": sample_rate}
-    if any(output.iterdir()) and not (label.exists() and utils.read_json(label) == settings):
+    if any(output.iterdir()) and not (label.exists() and files.read_json(label) == settings):
         raise utils.UsageError(f"{output} holds other files, or songs of other settings: choose another folder")
-    utils.write_json(label, settings)
+    files.write_json(label, settings)
 
     folders = []
     songs = [(subset, index) for subset, count in counts.items() for index in range(count)]
@@ -90,11 +94,10 @@ def synthesize(
         if folder.exists():
             continue
         # musdb takes every folder below train/ and test/ for a track: an unfinished one must lie elsewhere.
-        shutil.rmtree(partial, ignore_errors=True)
-        write_track(partial / name, song(rng, duration, sample_rate), sample_rate)
-        folder.parent.mkdir(exist_ok=True)
-        os.replace(partial / name, folder)
-    shutil.rmtree(partial, ignore_errors=True)
+        with files.temporary_folder(output) as partial:
+            write_track(partial / name, song(rng, duration, sample_rate), sample_rate)
+            folder.parent.mkdir(exist_ok=True)
+            os.replace(partial / name, folder)
     return folders
 
 

@@ -11,8 +11,7 @@ import math
 import pickle
 import re
 import zipfile
-from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -196,15 +195,40 @@ class _Unpickler(pickle._Unpickler):
     dispatch.update({pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems, pickle.BUILD[0]: load_build})
 
 
-def read(data: bytes) -> dict[str, np.ndarray]:
+class _Limited:
+    """A stream of which no more than `room` bytes are read: first a directory or pickles, which are small."""
+
+    def __init__(self, stream):
+        self.stream, self.room = stream, _LARGEST
+        self.seek, self.tell, self.seekable = stream.seek, stream.tell, stream.seekable
+
+    def _take(self, data):
+        self.room -= len(data)
+        if self.room < 0:
+            raise ValueError("it holds more than a few tensors")
+        return data
+
+    def read(self, size=-1):
+        return self._take(self.stream.read(min(size, self.room + 1) if size >= 0 else self.room + 1))
+
+    def readline(self):
+        return self._take(self.stream.readline(self.room + 1))
+
+
+_LARGEST = 2**18  # bytes: the pickle of a training checkpoint of umxl has 20 000
+
+
+def read(stream: BinaryIO, size: int) -> dict[str, np.ndarray]:
     """The state_dict in what torch.save wrote: name -> float32 array.
 
     Args:
-        data: the content of the file, zip or legacy format
+        stream: a file of `size` bytes, in the zip or the legacy format
     Raises:
         ValueError: the file asks for more than tensors, or claims more than it holds. Garbage raises nearly anything.
     """
-    saved, storage, byteorder = _open_zip(data) if data.startswith(b"PK") else _open_legacy(data)
+    is_zip = stream.read(2) == b"PK"
+    stream.seek(0)
+    saved, storage, byteorder = _open_zip(stream, size) if is_zip else _open_legacy(stream, size)
     if isinstance(saved, dict):
         saved = saved.get("state_dict", saved)  # a training checkpoint has it beside the optimizer's
     if not isinstance(saved, dict):
@@ -214,40 +238,42 @@ def read(data: bytes) -> dict[str, np.ndarray]:
         if not isinstance(tensor, _Tensor):
             raise ValueError(f"{name} is not a tensor")
     # strides of 0 let a few bytes claim any size; what a real model holds fits into its file
-    if sum(math.prod(tensor.size) for tensor in saved.values()) > max(len(data), 2**26):
+    if sum(math.prod(tensor.size) for tensor in saved.values()) > max(size, 2**20):
         raise ValueError("its tensors claim more than the file holds")
     return {name: tensor.array(storage(tensor.storage.key), byteorder) for name, tensor in saved.items()}
 
 
-def _open_zip(data):
-    archive = zipfile.ZipFile(io.BytesIO(data))
+def _open_zip(stream, size):
+    limited = _Limited(stream)
+    archive = zipfile.ZipFile(limited)
     records = archive.infolist()
-    if any(record.compress_type for record in records) or sum(record.file_size for record in records) > len(data):
+    if any(record.compress_type for record in records) or sum(record.file_size for record in records) > size:
         raise ValueError("its zip records are compressed, or claim more than the file holds: not torch's")
-    pickles = [record.filename for record in records if record.filename.split("/")[1:] == ["data.pkl"]]
+    limited.room = 2 * size  # for the records, with their headers
+    pickles = [record for record in records if record.filename.split("/")[1:] == ["data.pkl"]]
     if len(pickles) != 1:
         raise ValueError("a zip archive, but not of torch.save")
-    folder = pickles[0][: -len("data.pkl")]
-    saved = _Unpickler(io.BytesIO(archive.read(pickles[0]))).load()
+    folder = pickles[0].filename[: -len("data.pkl")]
+    saved = _Unpickler(_Limited(io.BytesIO(archive.read(pickles[0])))).load()
     order = archive.read(folder + "byteorder") if folder + "byteorder" in archive.namelist() else b"little"
-    byteorder = {b"little": "<", b"big": ">"}[order]
+    byteorder = {b"little": "<", b"big": ">"}[order[:6]]
     return saved, functools.cache(lambda key: archive.read(f"{folder}data/{key}")), byteorder
 
 
-def _open_legacy(data):
-    stream = io.BytesIO(data)
-    if _Unpickler(stream).load() != 0x1950A86A20F9469CFC6C:  # torch.serialization.MAGIC_NUMBER
+def _open_legacy(stream, size):
+    limited = _Limited(stream)
+    if _Unpickler(limited).load() != 0x1950A86A20F9469CFC6C:  # torch.serialization.MAGIC_NUMBER
         raise ValueError("a pickle, but not of torch.save")
     for _ in ("version of the format", "the writer's machine"):
-        _Unpickler(stream).load()
-    unpickler = _Unpickler(stream)
+        _Unpickler(limited).load()
+    unpickler = _Unpickler(limited)
     saved, storages = unpickler.load(), {}
-    for key in _Unpickler(stream).load():
+    for key in _Unpickler(limited).load():
         if type(key) is not str:
             raise ValueError("a storage of an unknown kind")
         dtype = unpickler.storages[key].dtype
         nbytes = int.from_bytes(stream.read(8), "little") * (2 if dtype == "bfloat16" else np.dtype(dtype).itemsize)
-        storages[key] = stream.read(nbytes)
+        storages[key] = stream.read(nbytes) if nbytes <= size else b""
         if len(storages[key]) < nbytes:
             raise ValueError("the file is truncated")
     return saved, storages.__getitem__, "<"
@@ -256,7 +282,7 @@ def _open_legacy(data):
 # --------------------------------------------------------------------------------------- writing
 
 
-def write(path: str | Path, state: dict[str, np.ndarray]) -> None:
+def write(stream: BinaryIO, state: dict[str, np.ndarray]) -> None:
     """Write a state_dict, name -> float32 or int64 array, C-contiguous, as torch.save does.
 
     The zip format is spelt out: its pickle names things of torch that are not here to be pickled.
@@ -274,7 +300,7 @@ def write(path: str | Path, state: dict[str, np.ndarray]) -> None:
     ordered_dict = b"ccollections\nOrderedDict\n" + pickle.EMPTY_TUPLE + pickle.REDUCE
     records, tensors = {}, b""
     for key, (name, value) in enumerate(state.items()):
-        records[f"data/{key}"] = value.astype(value.dtype.newbyteorder("<")).tobytes()
+        records[f"data/{key}"] = value.astype(value.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8).data
         storage_type = b"ctorch\nLongStorage\n" if value.dtype == np.int64 else b"ctorch\nFloatStorage\n"
         storage = item(("storage", storage_type, str(key), "cpu", value.size)) + pickle.BINPERSID
         strides = tuple(stride // value.itemsize for stride in value.strides)
@@ -282,6 +308,6 @@ def write(path: str | Path, state: dict[str, np.ndarray]) -> None:
         tensors += item(name) + b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + pickle.REDUCE
     content = pickle.PROTO + b"\x02" + ordered_dict + pickle.MARK + tensors + pickle.SETITEMS + pickle.STOP
     records = {"data.pkl": content, "byteorder": b"little", **records, "version": b"3\n"}
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(stream, "w") as archive:
         for name, record in records.items():
             archive.writestr(zipfile.ZipInfo(f"archive/{name}"), record)  # no date: same weights, same file

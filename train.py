@@ -1,53 +1,44 @@
 """Train a network for one target: ``python train.py --context cudnn --target bass --root MUSDB18``.
 
 Writes into the output folder: <target>.h5 (best weights), <target>.json (arguments, versions, losses),
-<target>.png (loss curves), <target>.checkpoint.npz (all that resuming needs), separator.json, monitor/.
-Of several targets at once, files are named <target>+<target>….
+<target>.png (loss curves), <target>.checkpoint.npz (all that resuming needs), separator.json, monitor/ (the losses as
+NNabla's monitors write them). Of several targets at once, files are named <target>+<target>….
 """
 
 from __future__ import annotations  # unions, on Python 3.9
 
-import json
-import logging
-import shutil
+import contextlib
+import functools
+import io
 import time
-import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
+import utils
+
 if __name__ == "__main__":
-    logging.getLogger("nnabla").setLevel(logging.WARNING)  # else its import is announced
+    utils.start()  # before imports that take long
 
 import nnabla as nn
 import numpy as np
-from nnabla.monitor import Monitor, MonitorSeries
 from tqdm import tqdm
 
+import checkpoint
 import context
 import data
+import files
 import folders
 import functions
+import randomness
 import trained
-import utils
 import weights
 from args import train_parser
+from checkpoint import Keeper
 from solvers import Adam
 from trained import Model
 from utils import UsageError
 
-# Options of our own network, and those that shape the course of a training.
-NETWORK = ("hidden_size", "bandwidth", "unidirectional")
-RECIPE = (
-    "seq_dur",
-    "samples_per_track",
-    "source_augmentations",
-    "batch_size",
-    "lr",
-    "lr_decay_patience",
-    "lr_decay_gamma",
-    "weight_decay",
-    "seed",
-)
+NETWORK = ("hidden_size", "bandwidth", "unidirectional")  # options of our own network
 
 
 # --------------------------------------------------------------------------------- one epoch
@@ -59,12 +50,14 @@ class Graph:
     The loss is the mean squared error in the domain of the network, summed over its targets.
     """
 
+    @context.exclusive()
     def __init__(self, model: Model, shape: tuple, test: bool):
         self.x, self.y = nn.Variable(shape), [nn.Variable(shape) for _ in model.targets]
         estimates = model.estimates(model.represent(self.x), test).values()
         errors = [functions.squared_error(y_hat, model.represent(y)) for y_hat, y in zip(estimates, self.y)]
         self.loss = sum(errors[1:], errors[0])
 
+    @context.exclusive()
     def forward(self, x: np.ndarray, y: np.ndarray, **clear) -> None:
         """The loss of mixtures (nb_samples, nb_channels, nb_timesteps) and targets (nb_samples, nb_targets, …)."""
         self.x.d = x
@@ -73,36 +66,29 @@ class Graph:
         self.loss.forward(**clear)
 
 
-def train_epoch(graph_of: Callable, batches: Iterable, solver) -> float:
-    """One step of the solver per batch; returns the mean of the batches' losses."""
-    losses = utils.AverageMeter()
-    for x, y in batches:
-        graph = graph_of(x.shape)
-        solver.zero_grad()
-        graph.forward(x, y, clear_no_need_grad=True)
-        graph.loss.backward(clear_buffer=True)
-        solver.update()
-        losses.update(float(graph.loss.d))
-    return losses.average
+@context.exclusive()
+def train_step(graph: Graph, x: np.ndarray, y: np.ndarray, solver) -> float:
+    """One step of the solver; returns the loss before it. Arguments as of `Graph.forward`."""
+    solver.zero_grad()
+    graph.forward(x, y, clear_no_need_grad=True)
+    graph.loss.backward(clear_buffer=True)
+    solver.update()
+    return float(graph.loss.d)
 
 
-def validate(model: Model, source: data.MusdbSource) -> float:
-    """Mean of the losses of whole tracks."""
+def validate(model: Model, tracks: Iterable) -> float:
+    """Mean of the losses of whole tracks, pairs of mixture and target."""
     losses = utils.AverageMeter()
-    for track in source.tracks:
-        x, y = source.whole_track(track)
+    for x, y in tracks:
         graph = Graph(model, (1,) + x.shape, test=True)  # tracks differ in length: a graph each, freed at once
         graph.forward(x[None], y[None], clear_buffer=True)
         losses.update(float(graph.loss.d))
     return losses.average
 
 
-def seed_epoch(seed: int, epoch: int) -> None:
-    """Make an epoch's dropout depend on (seed, epoch) alone, so that a resumed run repeats it; 0: initial weights."""
-    if epoch == 0:
-        rng = utils.random_stream("initial weights", seed=seed)
-    else:
-        rng = utils.random_stream("dropout", seed=seed, epoch=epoch)
+def seed_nnabla(purpose: str, **key: int) -> None:
+    """Make all that NNabla and our functions draw from here on depend on this purpose and key alone."""
+    rng = randomness.random_stream(purpose, **key)
     nn.random.prng = np.random.RandomState(rng.integers(2**32, size=4))
     nn.random.set_function_seed(int(rng.integers(2**31)))
 
@@ -110,38 +96,13 @@ def seed_epoch(seed: int, epoch: int) -> None:
 # ------------------------------------------------------------------------------------- files
 
 
-def save_checkpoint(path: Path, model: Model, solver, meta: dict) -> None:
-    arrays = {f"parameters/{name}": value for name, value in model.get_parameters().items()}
-    arrays.update({f"solver/{name}": value for name, value in solver.get_state().items()})
-    arrays.update({f"statistics/{name}": value for name, value in model.description.get("statistics", {}).items()})
-    with utils.atomic_path(path) as temporary, open(temporary, "wb") as stream:
-        np.savez(stream, meta=np.array(json.dumps(meta)), **arrays)
-
-
-def load_checkpoint(path: str | Path, name: str) -> tuple:
-    """Read a checkpoint file, or that of `name` in a folder: (path, parameters, solver state, meta)."""
-    path = Path(path).expanduser()
-    if path.is_dir():
-        path = path / f"{name}.checkpoint.npz"
-    try:
-        with np.load(path) as archive:
-            meta = json.loads(str(archive["meta"]))
-            groups = {"parameters": {}, "solver": {}, "statistics": {}}
-            for key in archive.files:
-                group, _, array = key.partition("/")
-                if array:
-                    groups[group][array] = archive[key]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"cannot read the checkpoint {path}: {error}") from None
-    scheme = meta["log"].get("randomness", 1)
-    if scheme != data.RANDOMNESS:
-        raise UsageError(
-            f"{path} drew its random numbers by scheme {scheme}, this version draws them by scheme {data.RANDOMNESS}: "
-            "finish it with the version that began it, or go on from its weights with --model"
-        )
-    if groups["statistics"]:
-        meta["log"]["network"]["statistics"] = groups["statistics"]
-    return path, groups["parameters"], groups["solver"], meta
+def check_new(output: Path, name: str) -> None:
+    """UsageError if a new training would replace what an earlier one has left in the folder."""
+    last = checkpoint.path_of(output, name)
+    for path in (last, checkpoint.before(last), output / f"{name}.h5"):
+        if path.exists():
+            ways = "" if path.suffix == ".h5" else f"--checkpoint {output} continues it, "
+            raise UsageError(f"{path} is there already: {ways}--overwrite replaces it; or use another --output")
 
 
 def check_output(output: Path, model: Model, name: str) -> None:
@@ -153,16 +114,17 @@ def check_output(output: Path, model: Model, name: str) -> None:
             raise UsageError(f"{path} holds weights of {target} already: use another --output")
 
 
-def bring_best(checkpoint: Path, output: Path, name: str) -> None:
-    """Copy the best weights of a training that goes on in another folder."""
-    best, copy = checkpoint.with_name(f"{name}.h5"), output / f"{name}.h5"
-    if not best.is_file():
-        raise UsageError(f"there is no {best}, the best weights so far, beside {checkpoint.name}")
-    if copy.exists() and copy.read_bytes() != best.read_bytes():
+def bring_best(origin: Path, has_best: bool, output: Path, name: str) -> None:
+    """Copy the best weights of a training that goes on in another folder than that of its checkpoint `origin`."""
+    best, copy = origin.with_name(f"{name}.h5"), output / f"{name}.h5"
+    if has_best and not best.is_file():
+        raise UsageError(f"there is no {best}, the best weights so far, beside {origin.name}")
+    if output.samefile(origin.parent):
+        return
+    if copy.exists() and not (has_best and copy.read_bytes() == best.read_bytes()):
         raise UsageError(f"{copy} is of another training, or of this one later on: use another --output")
-    if not copy.exists():
-        with utils.atomic_path(copy) as temporary:
-            shutil.copyfile(best, temporary)
+    if has_best and not copy.exists():
+        files.write(copy, best.read_bytes())
 
 
 # ----------------------------------------------------------------- what earlier trainings decided
@@ -176,23 +138,37 @@ def adopt(settings: dict, given: set, recorded: dict, origin: str | Path) -> Non
         settings[name] = value
 
 
-def adopt_network(settings: dict, given: set, description: dict, origin: str | Path) -> None:
-    """Take the options of a network from its description."""
-    recorded = {"nfft": description["n_fft"], "nhop": description["n_hop"], "nb_channels": description["nb_channels"]}
-    options = description["options"]
-    if description["class"] in trained.OWN:
-        recorded.update({name: options[name] for name in ("hidden_size", "unidirectional")})
-        rate, n_fft, max_bin = description["sample_rate"], description["n_fft"], options["max_bin"]
+def adopt_network(settings: dict, given: set, model: Model, origin: str | Path) -> None:
+    """Take the options of a network from it."""
+    recorded = {"nfft": model.n_fft, "nhop": model.n_hop, "nb_channels": model.nb_channels}
+    own = model.name in trained.OWN
+    if own:
+        recorded.update(hidden_size=model.net.hidden_size, unidirectional=model.net.unidirectional)
+        rate, n_fft, max_bin = model.sample_rate, model.n_fft, model.net.max_bin
         if "bandwidth" not in given:
             settings["bandwidth"] = (max_bin - 1) * rate / n_fft
         elif utils.bandwidth_to_max_bin(rate, n_fft, settings["bandwidth"]) != max_bin:
             raise UsageError(f"--bandwidth {settings['bandwidth']}: {origin} reads {max_bin} bins")
     adopt(settings, given, recorded, origin)
-    settings["network_options"] = None if description["class"] in trained.OWN else options
+    settings["network_options"] = None if own else model.description["options"]
 
 
 def _option(name):
     return "--" + name.replace("_", "-")
+
+
+def continued_model(resumed: checkpoint.Checkpoint, targets: list | None, network: trained.Network | None) -> Model:
+    """The model of a checkpoint; targets and network, if they are given, must be its own."""
+    description = resumed.state["log"]["network"]
+    if targets and set(targets) != set(description["targets"]):
+        raise UsageError(f"{resumed.path} trains {' '.join(description['targets'])}, not {' '.join(targets)}")
+    cls = trained.class_of(resumed.path, description, network)
+    if network and description["class"] in trained.OWN:
+        raise UsageError(f"{resumed.path} is of a network of our own, not of {network.name}: leave out --network")
+    try:
+        return Model(description, cls, resumed.parameters)
+    except ValueError as error:
+        raise UsageError(f"{resumed.path}: {error}") from None
 
 
 def load_model(settings: dict, targets: list, network: trained.Network | None) -> Model:
@@ -231,13 +207,19 @@ def plot_losses(path: Path, log: dict) -> None:
     axes.set(xlabel="epoch", ylabel="mean squared error", yscale="log", title=" + ".join(log["network"]["targets"]))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
-    with utils.atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    stream = io.BytesIO()
+    figure.savefig(stream, dpi=120)
+    files.write(path, stream.getvalue())
 
 
 def write_log(output: Path, name: str, log: dict) -> None:
-    utils.write_json(output / f"{name}.json", log)
+    files.write_json(output / f"{name}.json", log)
     plot_losses(output / f"{name}.png", log)
+    monitor = files.writable_folder(output / "monitor" / name)
+    for kind in ("training", "validation"):
+        losses = enumerate(log[f"{kind[:5]}_loss_history"], 1)
+        lines = "".join(f"{epoch} {loss:g}\n" for epoch, loss in losses)
+        files.write(monitor / f"{kind}-loss.series.txt", lines.encode())
 
 
 # -------------------------------------------------------------------------------------- main
@@ -259,28 +241,29 @@ def main(argv=None):
 
     # what an earlier run decided
     model = resumed = None
-    if args["checkpoint"] and args["model"]:
-        raise UsageError("--checkpoint continues a training, --model starts one from trained weights: give one of them")
+    if args["checkpoint"] and (args["model"] or args["overwrite"]):
+        raise UsageError("--checkpoint continues a training, --model and --overwrite begin one: give one of them")
     if args["checkpoint"]:
-        resumed, parameters, solver_state, meta = load_checkpoint(args["checkpoint"], name)
-        adopt(args, given, {key: meta["log"]["args"][key] for key in RECIPE}, resumed)
-        description = meta["log"]["network"]
-        if given & {"target", "targets"} and set(targets) != set(description["targets"]):
-            raise UsageError(f"{resumed} trains {' '.join(description['targets'])}, not {' '.join(targets)}")
-        cls = trained.class_of(resumed, description, network)
-        if network and description["class"] in trained.OWN:
-            raise UsageError(f"{resumed} is of a network of our own, not of {network.name}: leave out --network")
-        adopt_network(args, given, description, resumed)
+        resumed = checkpoint.load(args["checkpoint"], name)
+        log, origin = resumed.state["log"], resumed.path
+        adopt(args, given, {key: log["args"][key] for key in checkpoint.RECIPE}, origin)
+    seed_nnabla("initial weights", seed=args["seed"])
+    if resumed:
+        model = continued_model(resumed, targets if given & {"target", "targets"} else None, network)
     elif args["model"]:
-        model = load_model(args, targets, network)
-        description = model.description
-        adopt_network(args, given, description, args["model"])
-    if resumed or model:
-        args["targets"] = targets = description["targets"]  # in the network's order
+        model, origin = load_model(args, targets, network), args["model"]
+    if model:
+        adopt_network(args, given, model, origin)
+        args["targets"] = targets = model.targets  # in the network's order
         args["target"] = name = folders.name_of(targets)
+    output = Path(args["output"])
+    if not resumed and not args["overwrite"]:
+        check_new(output, name)
     print(f"Training {' and '.join(targets)} on {device.backend[0].split(':')[0]}", flush=True)
 
     # data; the statistics come first, from tracks that nothing else reads meanwhile
+    if args["nfft"] % 2 or args["nhop"] > args["nfft"] // 2:
+        raise UsageError(f"--nfft {args['nfft']} --nhop {args['nhop']}: a window is even, a hop at most half of it")
     seq_dur = args["seq_dur"] if args["seq_dur"] > 0 else None
     if seq_dur is None and args["batch_size"] != 1:
         raise UsageError("--seq-dur 0 trains on whole tracks, which differ in length: use --batch-size 1")
@@ -295,101 +278,115 @@ def main(argv=None):
     )
     valid_source = data.MusdbSource(**musdb, split="valid")
     rate, nb_channels = train_source.sample_rate, train_source.nb_channels
-    shortest = min(track.nb_timesteps for track in train_source.tracks + valid_source.tracks)
-    if min(shortest, train_source.nb_timesteps or shortest) < args["nfft"]:
+    lengths = [track.nb_timesteps for track in train_source.tracks + valid_source.tracks]
+    if min([*lengths, *([] if seq_dur is None else [train_source.nb_timesteps])]) < args["nfft"]:
         raise UsageError(f"a track, or --seq-dur {seq_dur}, is shorter than one frame of --nfft {args['nfft']} samples")
-    if (resumed or model) and description["sample_rate"] != rate:
-        origin = resumed or args["model"]
-        raise UsageError(f"{origin} is for {description['sample_rate']} Hz, the tracks have {rate} Hz")
+    if model and model.sample_rate != rate:
+        raise UsageError(f"{origin} is for {model.sample_rate} Hz, the tracks have {rate} Hz")
     if args["nb_channels"] == 2 and nb_channels != 2:
         raise UsageError(f"the tracks have {nb_channels} channel(s): use --nb-channels 1")
+    iterator = data.DataIterator(train_source, args["batch_size"], args["nb_workers"])
 
     # model and solver
-    seed_epoch(args["seed"], 0)  # the initial weights; epochs count from 1
-    try:
-        if resumed:
-            model = Model(description, cls, parameters)
-        elif model is None:
-            description, cls = describe(args, targets, network, rate)
-            statistics = None
-            if trained.arguments(cls)[0] & set(trained.STATISTICS):
-                values = data.statistics(train_source.tracks, args["nfft"], args["nhop"], quiet)
-                statistics = dict(zip(trained.STATISTICS, values))
+    if not model:
+        description, cls = describe(args, targets, network, rate)
+        statistics = None
+        if trained.arguments(cls)[0] & set(trained.STATISTICS):
+            values = data.statistics(train_source.tracks, args["nfft"], args["nhop"], quiet)
+            statistics = dict(zip(trained.STATISTICS, values))
+        try:
             model = Model(description, cls, statistics=statistics)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+        except ValueError as error:
+            raise UsageError(str(error)) from None
     if model.domain == "audio" and args["nb_channels"] != nb_channels:
         raise UsageError(f"the tracks have {nb_channels} channels, the network takes audio of {args['nb_channels']}")
-    output = utils.writable_folder(args["output"])
-    check_output(output, model, name)
-
-    graphs = {}
-
-    def graph_of(shape):  # the last batch of an epoch may be smaller
-        if shape not in graphs:
-            graphs[shape] = Graph(model, shape, test=False)
-        return graphs[shape]
-
     solver = Adam(model.variables(), args["lr"], args["weight_decay"])
     scheduler = utils.ReduceLROnPlateau(args["lr"], args["lr_decay_gamma"], args["lr_decay_patience"])
     stopping = utils.EarlyStopping(args["patience"])
-
-    log = {"train_loss_history": [], "valid_loss_history": [], "train_time_history": [], "lr_history": []}
-    log.update(best_epoch=0, epochs_trained=0)
+    progress = {"epoch": 1, "steps": 0, "loss": 0.0, "seconds": 0.0}  # of the epoch: see checkpoint.py
     if resumed:
-        bring_best(resumed, output, name)
-        folders.write_config(output, model.config, targets)
-        solver.set_state(solver_state)
-        scheduler.state, stopping.state, log = meta["scheduler"], meta["stopping"], meta["log"]
+        try:
+            solver.set_state(resumed.solver)
+        except ValueError as error:
+            raise UsageError(f"{origin}: {error}") from None
+        scheduler.state, stopping.state, progress = (
+            resumed.state[key] for key in ("scheduler", "stopping", "progress")
+        )
         solver.lr = scheduler.state["lr"]
-    network = {key: value for key, value in model.description.items() if key != "statistics"}
-    log.update(args=args, network=network, randomness=data.RANDOMNESS, **utils.run_metadata())
+        if progress["steps"] > len(iterator):
+            raise UsageError(f"{origin} has {progress['steps']} steps of an epoch, which these tracks do not give")
+    else:
+        log = {"train_loss_history": [], "valid_loss_history": [], "train_time_history": [], "lr_history": []}
+        log.update(best_epoch=0, epochs_trained=0)
+    described = {key: value for key, value in model.description.items() if key != "statistics"}
+    log.update(args=args, network=described, randomness=randomness.SCHEME, **utils.run_metadata())
+    state = {"log": log, "scheduler": scheduler.state, "stopping": stopping.state, "progress": progress}
 
-    monitor = Monitor(str(output / "monitor" / name))
-    series = {key: MonitorSeries(key, monitor, verbose=False) for key in ("training loss", "validation loss")}
-    for epoch, losses in enumerate(zip(log["train_loss_history"], log["valid_loss_history"]), 1):
-        for monitored, loss in zip(series.values(), losses):
-            monitored.add(epoch, loss)
-    if resumed:  # which may have ended before it wrote them
-        write_log(output, name, log)
+    files.writable_folder(output)
+    with contextlib.ExitStack() as held:
+        for target in targets:
+            held.enter_context(files.claimed(output / f".{target}.lock", f"training {target} into {output}"))
+        if resumed:
+            bring_best(origin, log["best_epoch"] > 0, output, name)
+        elif not args["overwrite"]:
+            check_new(output, name)  # again: another may have come first
+        check_output(output, model, name)
+        if log["best_epoch"]:  # the training may have ended before it wrote them
+            folders.write_config(output, model.config, targets)
+            write_log(output, name, log)
         if stopping.stop or log["epochs_trained"] >= args["epochs"]:
             more = "--patience" if stopping.stop else "--epochs, the total,"
-            print(f"{resumed} has {log['epochs_trained']} epochs: nothing is left to train, {more} decides it")
+            print(f"{origin} has {log['epochs_trained']} epochs: nothing is left to train, {more} decides it")
 
-    # the epochs
-    iterator = data.DataIterator(train_source, args["batch_size"], args["nb_workers"])
-    last = log["epochs_trained"] if stopping.stop else args["epochs"]
-    epochs = tqdm(range(log["epochs_trained"] + 1, last + 1), "Epochs", disable=quiet)
-    for epoch in epochs:
-        start = time.time()
-        seed_epoch(args["seed"], epoch)
-        batches = tqdm(iterator.epoch(epoch), f"Epoch {epoch}", len(iterator), leave=False, disable=quiet)
-        train_loss = train_epoch(graph_of, batches, solver)
-        valid_loss = validate(model, valid_source)
-        if not np.isfinite(valid_loss):
-            raise OSError(f"the validation loss of epoch {epoch} is {valid_loss}: try a smaller --lr")
-        log["lr_history"].append(solver.lr)
-        solver.lr = scheduler.step(valid_loss)
-        improved = stopping.step(valid_loss)
+        # the epochs
+        asked = held.enter_context(utils.postponed())
+        held.enter_context(np.errstate(all="ignore"))  # a training that diverges ends with a line
+        every = 60 * args["checkpoint_every"]
+        keeper = Keeper(checkpoint.path_of(output, name), model, solver, state, every, asked, resumed and origin)
+        # the last batch of an epoch may be smaller; of whole tracks, each has another shape
+        graph_of = functools.lru_cache(maxsize=2)(lambda shape: Graph(model, shape, test=False))
+        last = log["epochs_trained"] if stopping.stop else args["epochs"]
+        epochs = tqdm(range(log["epochs_trained"] + 1, last + 1), "Epochs", disable=quiet)
+        for epoch in epochs:
+            start, bar = time.time() - progress["seconds"], {"leave": False, "disable": quiet}
+            batches = iterator.epoch(epoch, progress["steps"])
+            batches = tqdm(batches, f"Epoch {epoch}", len(iterator), initial=progress["steps"], **bar)
+            for x, y in keeper.between(batches):
+                with context.exclusive():
+                    seed_nnabla("dropout", seed=args["seed"], epoch=epoch, step=progress["steps"])
+                    loss = train_step(graph_of(x.shape), x, y, solver)
+                if not np.isfinite(loss):
+                    raise OSError(
+                        f"the loss of epoch {epoch}, step {progress['steps'] + 1} is {loss}: try a smaller --lr"
+                    )
+                progress.update(steps=progress["steps"] + 1, loss=progress["loss"] + loss, seconds=time.time() - start)
 
-        log["train_loss_history"].append(train_loss)
-        log["valid_loss_history"].append(valid_loss)
-        log["train_time_history"].append(time.time() - start)
-        log.update(epochs_trained=epoch, best_loss=stopping.state["best"])
-        log.update(num_bad_epochs=stopping.state["num_bad_epochs"])
-        if improved:
-            log["best_epoch"] = epoch
-            weights.save(output / f"{name}.h5", model.get_parameters(), model.description)
-            folders.write_config(output, model.config, targets)  # with the targets, now that they have weights
-        meta = {"log": log, "scheduler": scheduler.state, "stopping": stopping.state}
-        save_checkpoint(output / f"{name}.checkpoint.npz", model, solver, meta)
-        write_log(output, name, log)
-        for monitored, loss in zip(series.values(), (train_loss, valid_loss)):
-            monitored.add(epoch, loss)
-        epochs.set_postfix(train_loss=f"{train_loss:.4g}", valid_loss=f"{valid_loss:.4g}")
-        if stopping.stop:
-            print(f"Stopped early: no better validation loss in {stopping.patience} epochs")
-            break
+            seed_nnabla("dropout", seed=args["seed"], epoch=epoch, step=progress["steps"])
+            tracks = map(valid_source.whole_track, valid_source.tracks)
+            train_loss, valid_loss = progress["loss"] / progress["steps"], validate(model, keeper.between(tracks))
+            if not np.isfinite(valid_loss):
+                raise OSError(f"the validation loss of epoch {epoch} is {valid_loss}: try a smaller --lr")
+
+            keeper.begin()
+            log["lr_history"].append(solver.lr)
+            solver.lr = scheduler.step(valid_loss)
+            improved = stopping.step(valid_loss)
+            log["train_loss_history"].append(train_loss)
+            log["valid_loss_history"].append(valid_loss)
+            log["train_time_history"].append(time.time() - start)
+            log.update(epochs_trained=epoch, best_loss=stopping.state["best"])
+            log.update(num_bad_epochs=stopping.state["num_bad_epochs"])
+            progress.update(epoch=epoch + 1, steps=0, loss=0.0, seconds=0.0)
+            if improved:
+                log["best_epoch"] = epoch
+                weights.save(output / f"{name}.h5", model.arrays(), model.description)
+                folders.write_config(output, model.config, targets)  # with the targets, now that they have weights
+            keeper.save()
+            write_log(output, name, log)
+            epochs.set_postfix(train_loss=f"{train_loss:.4g}", valid_loss=f"{valid_loss:.4g}")
+            if stopping.stop:
+                print(f"Stopped early: no better validation loss in {stopping.patience} epochs")
+                break
     print(f"Best validation loss {log['best_loss']:.6g} in epoch {log['best_epoch']}: {output / name}.h5")
 
 

@@ -12,23 +12,26 @@ Files that bring none (torch's, Sony's) are those of `model.OpenUnmix`, or of it
 """
 
 import collections
+import contextlib
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Optional, Union
 
 import nnabla as nn
 import numpy as np
 
+import context
 import folders
 import functions
 import pretrained
 import weights
 from model import JointOpenUnmix, OpenUnmix
-from utils import UsageError
+from utils import UsageError, lacks_memory
 
 OWN = {"OpenUnmix": OpenUnmix, "JointOpenUnmix": JointOpenUnmix}
 COMMON = ("targets", "nb_channels", "sample_rate", "n_fft", "n_hop")  # arguments of every network
@@ -67,14 +70,18 @@ def read_network(name: Optional[str], options: Optional[dict] = None) -> Optiona
     if spec is None:
         raise UsageError(f"--network {name}: {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # where dataclasses and the like look their module up
-    sys.path.append(str(path.resolve().parent))  # behind our own: the file may import its neighbours
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UsageError(_located(error, path, f"--network {name}")) from error
-    finally:
-        sys.path.pop()
+    folder = str(path.resolve().parent)
+    with context.exclusive():  # two threads must not change the path at once
+        sys.modules[module_name] = module  # where dataclasses and the like look their module up
+        if is_new := folder not in sys.path:
+            sys.path.append(folder)  # behind our own: the file may import its neighbours
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise UsageError(_located(error, path, f"--network {name}")) from error
+        finally:
+            if is_new and folder in sys.path:  # which the file may have changed
+                sys.path.remove(folder)
     found = getattr(module, cls, None)
     if not inspect.isclass(found):
         raise UsageError(f"--network {name}: {path} has no class {cls}")
@@ -139,6 +146,7 @@ class Model:
         ValueError: the parameters are not those that the network asks for.
     """
 
+    @context.exclusive()
     def __init__(
         self, description: dict, cls: type, parameters: Optional[dict] = None, statistics: Optional[dict] = None
     ):
@@ -177,6 +185,8 @@ class Model:
         given = {name: self.description[name] for name in COMMON if any_other or name in names}
         statistics = {name: statistics[name] for name in STATISTICS if name in names and name in statistics}
         if self.name not in OWN and statistics:  # ours make parameters of them, of others nobody knows
+            if self.n_fft // 2 >= weights.MOST_BINS:
+                raise UsageError(f"{self.name} takes statistics, which are kept of up to {weights.MOST_BINS} bins only")
             statistics = {name: np.asarray(values, np.float32) for name, values in statistics.items()}
             self.description["statistics"] = statistics
         if "input_is_spectrogram" in names:
@@ -194,27 +204,37 @@ class Model:
         """Call code that need not be ours: its errors say where they are, in one line."""
         try:
             return function(*args, **options)
-        except (UsageError, MemoryError):
+        except UsageError:
             raise
         except Exception as error:
-            if self.name in OWN:
+            if self.name in OWN or lacks_memory(error):
                 raise
             path = Path(inspect.getsourcefile(type(self.net) if hasattr(self, "net") else function))
             raise UsageError(_located(error, path, f"{self.name}: {what}")) from error
 
-    def parameter_scope(self) -> AbstractContextManager:
-        return nn.parameter_scope("", self.scope)
+    @contextlib.contextmanager
+    def parameter_scope(self) -> Iterator[None]:
+        """NNabla's current parameters are those of this network; no other thread enters a scope meanwhile."""
+        with context.exclusive(), nn.parameter_scope("", self.scope):
+            yield
 
     def variables(self) -> dict:
         """The parameters that are learnt, name -> variable."""
         with self.parameter_scope():
             return nn.get_parameters()
 
+    def arrays(self) -> dict:
+        """All parameters, name -> float32 array: NNabla's own memory, for who is done with it before the next step."""
+        with self.parameter_scope():
+            variables = nn.get_parameters(grad_only=False)
+        return {name: variable.data.get_data("r", np.float32) for name, variable in variables.items()}
+
     def get_parameters(self) -> dict:
         """Copies of all parameters, name -> float32 array."""
         with self.parameter_scope():
             return weights.get_parameters()
 
+    @context.exclusive()
     def represent(self, x: nn.Variable, center: bool = False) -> nn.Variable:
         """Audio (nb_samples, nb_channels, nb_timesteps) to what the network reads and estimates.
 
@@ -320,8 +340,10 @@ def load_models(
     Raises:
         UsageError: no such model or target, damaged or unfitting weights, a class that is needed or not.
     """
-    path = Path(model).expanduser()
-    targets = [targets] if isinstance(targets, str) else targets
+    if not all(isinstance(value, (str, os.PathLike)) for value in (model, model_dir or "")):
+        raise UsageError(f"model {model!r}, model_dir {model_dir!r}: expected names or paths")
+    path = Path(os.path.expanduser(model))
+    targets = folders.asked_for(targets)
     if path.is_dir():
         files, config = folders.find(path, targets)
     elif path.is_file():
@@ -357,6 +379,8 @@ def _read_model(file, target, config, network):
         if description is None:
             description = _from_config(file, target, config, network)
         cls = class_of(file, description, network)
+        if cls in OWN.values():
+            weights.check_claims(parameters, description)
         if cls is OpenUnmix and target:  # the file may have been renamed: the target's name is nowhere in it
             description["targets"] = [target]
         return Model(description, cls, parameters)

@@ -1,23 +1,26 @@
-"""Small helpers that know nothing of models: errors, files, meters, schedules."""
+"""Small helpers that know nothing of models: errors, signals, meters, schedules.
+
+Only of Python's own library: a script imports this first, to catch signals while slower imports run.
+"""
 
 from __future__ import annotations  # unions, on Python 3.9
 
+import bisect
 import contextlib
 import functools
-import hashlib
 import importlib.metadata
-import json
+import logging
+import numbers
 import os
 import platform
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 PACKAGES = ("nnabla", "nnabla-ext-cuda120", "numpy", "scipy", "numba", "soundfile", "musdb", "museval")
 
@@ -26,52 +29,186 @@ class UsageError(ValueError):
     """The user asked for something that cannot be done; the message is one line that says what to do."""
 
 
+# ------------------------------------------------------------------------------- commands and signals
+
+_SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
+
+
+class _Ending:
+    """What signals have asked of this process."""
+
+    signal = None  # the last one that asked it to end
+    postponed = False  # whether somebody looks at `signal` from time to time
+    unseen = None  # an OSError that came where no exception can, so that nobody has seen it
+
+
+def start() -> None:
+    """What a script does before its other imports: a signal during these ends it with one line, too."""
+    _handle(_end_at_once)
+    for number in (0, 1, 2):  # one that is closed would be the number of the next file, into which messages would go
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files, on a terminal that knows only ASCII
+    logging.getLogger("nnabla").setLevel(logging.WARNING)  # else its import is announced
+
+
+def _handle(handler):
+    """Set the handler of all signals that ask to end, but those that nohup, or a shell's &, has made ignored."""
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {number: former for number, former in before.items() if former != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handler)
+    return before
+
+
+def _end_at_once(number, frame):
+    os.write(2, f"{_program()}: {_SIGNALS[number]}\n".encode(errors="backslashreplace"))
+    os._exit(128 + number)
+
+
+def _program():
+    return Path(sys.argv[0]).name
+
+
 def command(main: Callable) -> Callable:
     """Decorate a script's ``main(argv=None)``: errors become one line on stderr and an exit status.
 
-    Exit status 2: bad input (`UsageError`). 1: a failure while working (`OSError`, a full disk say).
-    130: interrupted by the user.
+    Exit status 2: bad input (`UsageError`). 1: a failure while working (`OSError`, a full disk say; no memory).
+    130, 143 and 129: asked to end by SIGINT (Ctrl-C), SIGTERM and SIGHUP, whatever has become of that on its way.
     """
 
     @functools.wraps(main)
     def wrapper(argv=None):
-        interrupted = False
-
-        def interrupt(*_):
-            nonlocal interrupted
-            interrupted = True
-            raise KeyboardInterrupt
-
+        status, message, asked = 1, "", ""
         try:
-            with _on_interrupt(interrupt):
-                return main(argv)
+            with _interruptible():
+                result = main(argv)
+                print(end="", flush=True)  # else a full disk is noticed when Python ends
+                if _Ending.unseen:
+                    raise _Ending.unseen
+                if _Ending.signal is None:
+                    return result
         except UsageError as error:
             status, message = 2, str(error)
         except OSError as error:
-            status, message = 1, str(error)
+            message = describe(error)
+        except MemoryError as error:
+            message = f"not enough memory{f': {error}' if str(error) else ''}"
         except KeyboardInterrupt as error:
-            status, message = 130, str(error) or "interrupted"
-        except Exception:
-            if not interrupted:
+            _Ending.signal, asked = _Ending.signal or signal.SIGINT, str(error)
+        except (Exception, SystemExit) as error:
+            if _Ending.signal is None and not lacks_memory(error):
                 raise
-            # within a graph function of ours, NNabla makes another error of it
-            status, message = 130, "interrupted"
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+            message = "not enough memory"
+        if _Ending.signal is not None:  # of an interruption NNabla, for one, makes another error
+            status, message = 128 + _Ending.signal, asked or _SIGNALS[_Ending.signal]
+        _say(f"{_program()}: {' '.join(message.split())}")
         sys.exit(status)
 
     return wrapper
 
 
+def _say(line):
+    """Print the last line. What cannot be written is dropped: Python would complain of it when it ends."""
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{line}\n")):
+        try:
+            print(text, end="", file=stream, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error is of memory that could not be had; NNabla has errors of its own for that."""
+    while error is not None:
+        if isinstance(error, MemoryError) or str(error).startswith("memory error in "):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def describe(error: Exception) -> str:
+    """An error in a line: of those of files, the name of the file first."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def _is_main_thread():
+    return threading.current_thread() is threading.main_thread()  # only there signals arrive
+
+
 @contextlib.contextmanager
-def _on_interrupt(handler):
-    if threading.current_thread() is not threading.main_thread():  # only there signals arrive
+def _interruptible():
+    """Signals raise KeyboardInterrupt, unless they are `postponed`."""
+    if not _is_main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, handler)
+
+    def interrupt(number, frame):
+        again, _Ending.signal = _Ending.signal is not None, number
+        if again or not _Ending.postponed:
+            raise KeyboardInterrupt
+
+    _Ending.signal = _Ending.unseen = None
+    before, hook = _handle(interrupt), sys.unraisablehook
+    sys.unraisablehook = _unraisable
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        sys.unraisablehook = hook
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _unraisable(unraisable):
+    """What Python only reports, of a finalizer or a callback: an interruption comes once more, an error at the end."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt) and _Ending.signal is not None:
+        number, _Ending.signal = _Ending.signal, None
+        at_the_end = threading.Event()  # within this function, it would be lost once more
+
+        def again():
+            at_the_end.wait()
+            time.sleep(0.01)
+            os.kill(os.getpid(), number)
+
+        threading.Thread(target=again, daemon=True).start()
+        at_the_end.set()
+    elif isinstance(unraisable.exc_value, OSError):
+        _Ending.unseen = unraisable.exc_value
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
+@contextlib.contextmanager
+def postponed() -> Iterator[Callable[[], bool]]:
+    """Within, a first signal does not interrupt; the caller asks from time to time whether one has come."""
+    before = _Ending.postponed
+    try:
+        if _is_main_thread():
+            _Ending.postponed = True
+        yield lambda: _Ending.signal is not None
+    finally:
+        if _is_main_thread():
+            _Ending.postponed = before
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Within, a first signal waits, and interrupts at the end: for what is short, and must not stay half done."""
+    asked = _Ending.signal is not None
+    with postponed() as ending:
+        yield
+    if ending() and not asked and not _Ending.postponed and _is_main_thread():
+        raise KeyboardInterrupt
+
+
+def is_ending() -> bool:
+    """Whether a signal has asked this process to end."""
+    return _Ending.signal is not None
 
 
 def some(items: list) -> str:
@@ -79,55 +216,18 @@ def some(items: list) -> str:
     return ", ".join(items[:8]) + (f" … ({len(items)} in all)" if len(items) > 8 else "")
 
 
-# ---------------------------------------------------------------------------------------- files
+def whole(name: str, value: Any, lower: int = 1, upper: int = 2**31 - 1) -> int:
+    """A whole number, of Python's or NumPy's; ValueError, with the name, if it is none within these bounds."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not lower <= value <= upper:
+        raise ValueError(f"{name} {value!r} is not a whole number within {lower} … {upper}")
+    return int(value)
 
 
-def is_file_name(name: str) -> bool:
-    """Whether it names a file of the folder where it is used, and no other place."""
-    return bool(name) and name == Path(name).name and name != ".." and "\0" not in name
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` on success, delete it on failure.
-
-    A reader, or a machine that lost power, so sees the old file or the new one, never half of one.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        with open(temporary, "rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=4, sort_keys=True) + "\n")
-
-
-def read_json(path: str | Path) -> Any:
-    """The content of a JSON file; `UsageError` if it is missing or not JSON."""
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from None
-
-
-def writable_folder(path: str | Path) -> Path:
-    """Create a folder, and make sure now that files can be written to it, not after hours of work."""
-    path = Path(path).expanduser()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".probe.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UsageError(f"cannot write to the output folder {path}: {error.strerror}") from None
-    return path
+def finite(name: str, value: Any, lower: float, upper: float = 1e9) -> float:
+    """A number; ValueError, with the name, if it is none within these bounds."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not lower <= value <= upper:
+        raise ValueError(f"{name} {value!r} is not a number within {lower:g} … {upper:g}")
+    return value
 
 
 def run_metadata() -> dict:
@@ -136,7 +236,7 @@ def run_metadata() -> dict:
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -144,40 +244,13 @@ def run_metadata() -> dict:
     return {"versions": versions, "commit": commit, "machine": platform.platform()}
 
 
-# ----------------------------------------------------------------------------------- randomness
-
-# All that a training draws at random, and what each draw may depend on.
-STREAMS = {
-    "initial weights": ("seed",),
-    "dropout": ("seed", "epoch"),
-    "order": ("seed", "epoch"),
-    "draw": ("seed", "epoch", "index", "source"),
-    "augmentation": ("seed", "epoch", "index", "source", "name"),
-}
-
-
-def random_stream(purpose: str, **key: int | str) -> np.random.Generator:
-    """The random numbers of one purpose: a stream of its own for each key, the same whenever it is asked for.
-
-    Args:
-        purpose: a key of STREAMS
-        key: numbers or names for all that STREAMS lists there
-    """
-    parts = [purpose, *(f"{name}={key.pop(name)}" for name in STREAMS[purpose])]
-    if key:
-        raise TypeError(f"random numbers for {purpose!r} do not depend on {', '.join(key)}")
-    # a hash keeps apart what differs in any part; of numbers added up or padded, some pairs would be the same
-    digest = hashlib.sha256("/".join(parts).encode()).digest()
-    return np.random.default_rng(np.frombuffer(digest, "<u4"))
-
-
 # ------------------------------------------------------------------------------------- training
 
 
 def bandwidth_to_max_bin(sample_rate: float, n_fft: int, bandwidth: float) -> int:
     """Number of STFT bins at or below `bandwidth` Hz."""
-    frequencies = np.linspace(0, sample_rate / 2, n_fft // 2 + 1)
-    return int(np.searchsorted(frequencies, bandwidth, side="right"))
+    step = sample_rate / 2 / (n_fft // 2)
+    return bisect.bisect_right([k * step for k in range(n_fft // 2)] + [sample_rate / 2], bandwidth)
 
 
 class AverageMeter:

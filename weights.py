@@ -1,4 +1,4 @@
-"""Weights in three dialects: ours (.h5), Sony's NNabla files (.h5) and torch's (.pth, see torch_files.py).
+"""Weights in three dialects: ours and Sony's, of NNabla (.h5, see h5_files.py), and torch's (.pth, see torch_files.py).
 
 Everything outside this module sees one dict, name -> float32 array, with the names that the network gives them. Those
 of `model.OpenUnmix` have counterparts in openunmix and in Sony's files. A joint model (X-UMX) has all of them once per
@@ -10,32 +10,35 @@ Our .h5 carry a description of their network too, see trained.py.
 from __future__ import annotations  # unions, on Python 3.9
 
 import collections
-import io
+import errno
 import json
-import logging
+import math
 import os
 import re
-import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-if __name__ == "__main__":
-    logging.getLogger("nnabla").setLevel(logging.WARNING)  # else its import is announced
+import utils
 
-import h5py
+if __name__ == "__main__":
+    utils.start()  # before imports that take long
+
 import nnabla as nn
 import numpy as np
 
 import args
+import context
+import files
 import folders
+import h5_files
 import torch_files
-import utils
 from model import OpenUnmix
 
 # ----------------------------------------------------------------------------- names and shapes
 
 
+@context.exclusive()
 def asked(graph: Callable) -> dict:
     """The parameters that a network asks for when `graph()` builds it: name -> variable without a value.
 
@@ -124,6 +127,14 @@ def describe(params: dict, path: Path | None = None) -> dict:
     return sizes
 
 
+def check_claims(params: dict, description: dict) -> None:
+    """ValueError, before a graph of any size is built, if a network of ours would have more values than there are."""
+    claims = [description["options"].get("hidden_size", 1), description["nb_channels"], description["n_fft"] // 2]
+    have = sum(np.size(value) for value in params.values())
+    if not all(isinstance(size, int) and 0 < size <= have for size in claims) or math.prod(claims) > have:
+        raise ValueError(f"it describes a network of hidden_size, channels, bins {claims}, and has {have} values")
+
+
 def _open_unmix(nb_bins, **options):
     """The graph of an OpenUnmix for a single frame."""
     net = OpenUnmix(n_fft=2 * (nb_bins - 1), input_is_spectrogram=True, **options)
@@ -183,8 +194,7 @@ def fill(params: dict, need_grad: dict) -> None:
     Raises:
         ValueError: values are not finite.
     """
-    if broken := [name for name, value in params.items() if not np.isfinite(value).all()]:
-        raise ValueError(f"these weights are not finite: {utils.some(broken)}")
+    _check_finite(params)
     existing = nn.get_parameters(grad_only=False)
     for name, value in params.items():
         variable = existing.get(name)
@@ -192,6 +202,11 @@ def fill(params: dict, need_grad: dict) -> None:
             variable = nn.Variable(np.shape(value), need_grad=need_grad[name])
             nn.parameter.set_parameter(name, variable)
         variable.data.cast(np.float32)[...] = value
+
+
+def _check_finite(params):
+    if broken := [name for name, value in params.items() if not np.isfinite(value).all()]:
+        raise ValueError(f"these weights are not finite: {utils.some(broken)}")
 
 
 def get_parameters() -> dict:
@@ -227,24 +242,6 @@ def from_torch(state: dict) -> dict:
     return params
 
 
-def _from_sony(params):
-    """Sony's LSTM (all layers after the first in one array; one bias) to ours. Other names are the same."""
-    converted = {}
-    for name, value in params.items():
-        scope, _, leaf = name.partition("/lstm/")
-        if leaf == "weight_l0":
-            converted[f"{scope}/weight_l0"] = value
-        elif leaf == "weight":
-            converted.update({f"{scope}/weight_l{k}": weight for k, weight in enumerate(value, start=1)})
-        elif leaf == "bias":
-            for k, bias in enumerate(value):
-                converted[f"{scope}/bias_ih_l{k}"] = bias
-                converted[f"{scope}/bias_hh_l{k}"] = np.zeros_like(bias)
-        else:
-            converted[name] = value
-    return converted
-
-
 # --------------------------------------------------------------------------------------- reading
 
 
@@ -264,56 +261,65 @@ def load(path: str | Path) -> dict:
 
 def read(path: str | Path) -> tuple:
     """What `load` returns, and the description of the network that the file carries, None if it does not."""
-    data = Path(path).read_bytes()
-    try:
-        if data.startswith(b"\x89HDF\r\n\x1a\n"):
-            params, description = _read_h5(data)
-            return _from_sony(params), description
-        if data.startswith((b"PK\x03\x04", b"\x80")):
-            return from_torch(torch_files.read(data)), None
-        raise ValueError("neither NNabla's .h5 nor torch's .pth")
-    except Exception as error:  # garbage makes zipfile, h5py and pickle raise nearly anything
-        reason = str(error) if type(error) is ValueError else f"damaged file: {error!r}"
+    with files.open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        signature = stream.read(8)
+        stream.seek(0)
+        try:
+            params, description = _read(stream, signature, size)
+            _check_finite(params)
+            return params, description
+        except MemoryError:
+            raise
+        except Exception as error:  # garbage makes zipfile, h5py and pickle raise nearly anything
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the disk's
+                raise OSError(error.errno, error.strerror, str(path)) from error
+            reason = str(error) if type(error) in (ValueError, utils.UsageError) else f"damaged file: {error!r}"
     line = " ".join(f"{path}: {reason}".split()).encode("utf-8", "backslashreplace").decode()
     raise ValueError(line if len(line) < 1000 else line[:1000] + " …")
 
 
-def _read_h5(data):
-    found = []
-
-    def visit(name, item):
-        nonlocal room
-        if isinstance(item, h5py.Dataset):
-            if item.external or item.is_virtual or item.dtype.kind != "f" or not item.size:
-                raise ValueError(f"{name} is not an array of numbers")
-            room -= item.nbytes
-            if room < 0:  # NNabla never compresses: whoever claims more than the file holds is no friend
-                raise ValueError(f"{name} claims shape {item.shape}, more than the file holds")
-            found.append((int(item.attrs.get("index", 0)), name, item[()].astype(np.float32)))
-
-    room = len(data)
-    with h5py.File(io.BytesIO(data), "r") as file:
-        file.visititems(visit)
-        description = _description(file.attrs) if _NETWORK in file.attrs else None
+def _read(stream, signature, size):
+    is_torch = signature.startswith((b"PK\x03\x04", b"\x80"))
+    if not is_torch and signature != h5_files.SIGNATURE:
+        raise ValueError("neither NNabla's .h5 nor torch's .pth")
+    if size > LARGEST:
+        raise ValueError(f"{size} bytes are more than a network has")
+    if is_torch:
+        return from_torch(torch_files.read(stream, size)), None
+    found, attributes = h5_files.read(stream, size)
     if not found:
         raise ValueError("no parameters in it")
-    return {name: value for _, name, value in sorted(found, key=lambda entry: entry[:2])}, description
+    description = _description(attributes) if _NETWORK in attributes else None
+    with np.errstate(over="ignore"):
+        params = {name: value.astype(np.float32, copy=False) for name, value in found.items()}
+    return h5_files.from_sony(params), description
 
 
+LARGEST = 2**31  # bytes of a file
 _NETWORK = "network"  # the attribute of the file that describes it
-_DESCRIPTION = {"class": str, "options": dict, "targets": list, "nb_channels": int, "n_fft": int, "n_hop": int}
+MOST_BINS = 16000  # of statistics: an attribute has less than 64 KB
 
 
 def _description(attributes):
-    """What the attributes of a file say; ValueError if it cannot be a description of a network."""
-    description = json.loads(attributes[_NETWORK])
-    kinds = {**_DESCRIPTION, "sample_rate": (int, float)}
-    if not isinstance(description, dict) or any(not isinstance(description.get(k), v) for k, v in kinds.items()):
+    """What the attributes of a file say of its network; ValueError if it cannot be so."""
+    text = attributes[_NETWORK]
+    description = json.loads(text) if isinstance(text, str) and len(text) < 2**20 else None
+    kinds = {"class": (str,), "options": (dict,), "targets": (list,), "statistics": (list,)}
+    kinds.update(nb_channels=(int,), n_fft=(int,), n_hop=(int,), sample_rate=(int, float))
+    if not isinstance(description, dict) or any(type(description.get(k, [])) not in kinds[k] for k in kinds):
         raise ValueError("its description of the network is damaged")
     if not all(0 < description[key] < 2**31 for key in ("nb_channels", "n_fft", "n_hop", "sample_rate")):
         raise ValueError("its description of the network has sizes that cannot be")
+    if not 0 < len(description["targets"]) <= folders.MOST_TARGETS:
+        raise ValueError(f"its description of the network has {len(description['targets'])} targets")
     folders.check_targets(description["targets"])
-    statistics = {name: np.asarray(attributes[name], np.float32) for name in description.pop("statistics", [])}
+    statistics = {str(name): attributes.get(str(name)) for name in description.pop("statistics", [])}
+    for name, values in statistics.items():
+        expected = (description["n_fft"] // 2 + 1,)
+        if np.shape(values) != expected or not np.isfinite(values).all():
+            raise ValueError(f"its {name} are not finite numbers of shape {expected}")
+    statistics = {name: values.astype(np.float32) for name, values in statistics.items()}
     return {**description, "statistics": statistics} if statistics else description
 
 
@@ -331,27 +337,21 @@ def save(path: str | Path, params: dict, description: dict | None = None) -> Non
         ValueError: another extension, or a .pth of anything but one OpenUnmix.
     """
     path = Path(path)
-    params = {name: np.asarray(value, np.float32) for name, value in params.items()}
+    params = {name: np.asarray(value, np.float32, order="C") for name, value in params.items()}
     if path.suffix not in folders.KINDS:
         raise ValueError(f"{path}: weights are written as {' or '.join(folders.KINDS)}")
     state = to_torch(params) if path.suffix == ".pth" else None
-    with utils.atomic_path(path) as temporary:
-        if state is None:
-            _write_h5(temporary, params, description)
-        else:
-            torch_files.write(temporary, state)
-
-
-def _write_h5(path, params, description):
-    with h5py.File(path, "w") as file:  # the layout of nn.save_parameters
+    with files.writing(path) as stream:
+        if state is not None:
+            torch_files.write(stream, state)
+            return
+        attributes = {}
         if description is not None:
             statistics = description.get("statistics", {})
-            file.attrs[_NETWORK] = json.dumps({**description, "statistics": list(statistics)}, sort_keys=True)
-            file.attrs.update(statistics)
-        for index, (name, value) in enumerate(params.items()):
-            file[name] = value
-            file[name].attrs["need_grad"] = _need_grad(name)
-            file[name].attrs["index"] = index
+            text = json.dumps({**description, "statistics": list(statistics)}, sort_keys=True)
+            attributes = {name: np.asarray(values, np.float32) for name, values in statistics.items()}
+            attributes[_NETWORK] = text
+        h5_files.write(stream, params, _need_grad, attributes)
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -376,11 +376,11 @@ def convert_folder(source: Path, destination: Path, to: str | None = None) -> No
     config_path = source / folders.CONFIG
     if not config_path.exists():
         raise ValueError(f"there is no {config_path}, which says what the weights do not: nhop and sample_rate")
-    files, config = folders.find(source, kinds=(f".{_OTHER[to]}",))
-    config["targets"] = list(files)
+    found, config = folders.find(source, kinds=(f".{_OTHER[to]}",))
+    config["targets"] = list(found)
 
     models, logs = {}, {}
-    for target, path in files.items():
+    for target, path in found.items():
         models[target] = params, _ = read(path)
         if to == "pth" and "" not in by_target(params):
             raise ValueError(f"{path}: a joint model has no counterpart in openunmix")
@@ -399,23 +399,20 @@ def convert_folder(source: Path, destination: Path, to: str | None = None) -> No
         # the reference's training logs --unidirectional without heeding it: the weights know better
         arguments.update({key: sizes[key] for key in ("nb_layers", "unidirectional")})
 
-    staging = destination.with_name(f".{destination.name}.{os.getpid()}")
-    staging.mkdir(parents=True)
-    try:
+    with files.temporary_folder(files.writable_folder(destination.parent)) as staging:
         for target, (params, description) in models.items():
             save(staging / f"{target}.{to}", params, description)
-            utils.write_json(staging / f"{target}.json", logs[target])
-        utils.write_json(staging / folders.CONFIG, config)
+            files.write_json(staging / f"{target}.json", logs[target])
+        files.write_json(staging / folders.CONFIG, config)
         staging.replace(destination)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    files.sync_folder(destination.parent)
 
 
 _OTHER = {"h5": "pth", "pth": "h5"}
 
 
 def _read_log(path):
-    value = utils.read_json(path) if path.exists() else {}
+    value = files.read_json(path) if path.exists() else {}
     if not isinstance(value, dict) or not isinstance(value.get("args", {}), dict):
         raise ValueError(f"{path} is not what a training writes")
     return value
@@ -424,10 +421,14 @@ def _read_log(path):
 @utils.command
 def main(argv=None):
     options = args.weights_parser().parse_args(argv)
-    source, destination = Path(options.src).expanduser(), Path(options.dst).expanduser()
+    source, destination = Path(os.path.expanduser(options.src)), Path(os.path.expanduser(options.dst))
     try:
         if not source.exists():
             raise ValueError(f"{source} does not exist")
+        if not source.is_dir() and not source.is_file():
+            raise ValueError(f"{source} is neither a file nor a folder")
+        if not source.is_dir() and not destination.parent.is_dir():
+            raise ValueError(f"there is no folder {destination.parent}")
         if source.is_dir():
             convert_folder(source, destination, options.to)
         elif options.to:
@@ -436,6 +437,7 @@ def main(argv=None):
             params, description = read(source)
             if description is None or destination.suffix == ".pth":
                 describe(params, source)
+            files.writable_folder(destination.parent)
             save(destination, params, description)
     except ValueError as error:
         raise utils.UsageError(str(error)) from error

@@ -6,16 +6,16 @@ from pathlib import Path
 import work
 
 import context
+import files
 import folders
 import functions as graph_functions
 import trained
-import utils
 import weights
 from data import statistics
 from evaluate import main as evaluate_main
 from separate import Separator
 from solvers import Adam
-from train import Graph, seed_epoch, train_epoch, validate
+from train import Graph, seed_nnabla, train_step, validate
 
 
 def label_functions():
@@ -57,12 +57,17 @@ def make_training(nb_samples, seconds, threads, plain):
 
 def step(clock, nb_samples, seconds, warm_up, repeat, threads, plain=False):
     """Training steps as train.py does them."""
+
+    def whole_step(number):
+        seed_nnabla("dropout", seed=0, epoch=1, step=number)
+        train_step(graph, x, y, solver)
+
     start = time.perf_counter()
     x, y, graph, solver = make_training(nb_samples, seconds, threads, plain)
     for i in range(warm_up + repeat):
         if i == warm_up:
             clock.times.clear()
-        clock("step", train_epoch, lambda shape: graph, [(x, y)], solver)
+        clock("step", whole_step, i)
         if i == 0:
             first = time.perf_counter() - start
     clock.add("first", first)
@@ -100,7 +105,7 @@ def train(clock, songs, output, target, initial, dropout, lr, epochs, threads, *
     """A training as train.py does it, of which every step's loss is kept; `initial` is a file of weights or None."""
     context.use("cpu", threads=threads)
     excerpts = work.Excerpts(songs, target, **recipe)
-    seed_epoch(recipe["seed"], 0)
+    seed_nnabla("initial weights", seed=recipe["seed"])
     if initial:
         model = make_model(target, weights.load(initial), dropout=dropout)
     else:
@@ -110,10 +115,10 @@ def train(clock, songs, output, target, initial, dropout, lr, epochs, threads, *
     solver = Adam(model.variables(), lr, work.WEIGHT_DECAY)
 
     def step(x, y):
-        return train_epoch(lambda shape: graph, [(x, y)], solver)
+        return train_step(graph, x, y, solver)
 
-    result = work.train(clock, excerpts, epochs, step, lambda: validate(model, excerpts.valid))
-    output = utils.writable_folder(output)
+    result = work.train(clock, excerpts, epochs, step, lambda: validate(model, excerpts.validation()))
+    output = files.writable_folder(output)
     weights.save(output / f"{target}.h5", model.get_parameters(), model.description)
     folders.write_config(output, model.config, model.targets)
     return result
@@ -122,7 +127,7 @@ def train(clock, songs, output, target, initial, dropout, lr, epochs, threads, *
 def evaluate(clock, arguments):
     """The command evaluate.py; returns seconds per minute of audio and process, by part."""
     evaluate_main(arguments)
-    return utils.read_json(Path(arguments[arguments.index("--evaldir") + 1], "summary.json"))["seconds_per_minute"]
+    return files.read_json(Path(arguments[arguments.index("--evaldir") + 1], "summary.json"))["seconds_per_minute"]
 
 
 def separate(clock, folder, seconds, threads):

@@ -13,6 +13,7 @@ Shapes: T = nb_frames, N = nb_samples, C = nb_channels, F = nb_bins, M = T · N 
 
 The rooms, each importing only those above it:
 
+    shapes         what is checked of arguments
     threads        a small pool, and how work is cut
     compiler       how loops are compiled and cached; the types of their arguments; tanh
     products       products of matrices, large and small

@@ -5,6 +5,7 @@ import numpy as np
 from kernels.compiler import IN, INT, OUT, SUMS, kernel
 from kernels.normalization import column_sums
 from kernels.products import matmul, products
+from kernels.shapes import check
 from kernels.threads import get_threads, run, split
 
 
@@ -38,10 +39,17 @@ def input_affine(x: np.ndarray, mean: np.ndarray, scale: np.ndarray, weight: np.
         weight: (C · B, K)
         out: (M, K)
     """
-    nb_bins = len(mean)
+    check(mean=(mean, "B"), scale=(scale, "B"), x=(x, "M C F"), weight=(weight, "C*B K"), out=(out, "M K"))
+    nb_bins = _nb_bins(mean, x)
     scaled, out[:] = _scaled(weight, mean, scale)
     for c in range(x.shape[1]):
         matmul(x[:, c, :nb_bins], scaled[c * nb_bins : (c + 1) * nb_bins], out, accumulate=True)
+
+
+def _nb_bins(mean, x):
+    if not 0 < len(mean) <= x.shape[2]:
+        raise ValueError(f"mean and scale of {len(mean)} bins: x has {x.shape[2]}")
+    return len(mean)
 
 
 @kernel
@@ -71,7 +79,8 @@ def input_affine_backward(
         dscale[b] = Σ over channels of W[i] · (P[i] + mean[b] s)
         dmean[b]  = Σ over channels of scale[b] W[i] · s
     """
-    nb_bins, nb_channels = len(mean), x.shape[1]
+    check(mean=(mean, "B"), scale=(scale, "B"), x=(x, "M C F"), weight=(weight, "C*B K"), dy=(dy, "M K"))
+    nb_bins, nb_channels = _nb_bins(mean, x), x.shape[1]
     dw = np.empty_like(weight)
     tasks = []
     for c in range(nb_channels):
@@ -88,7 +97,8 @@ def input_affine_backward_data(
     dy: np.ndarray, mean: np.ndarray, scale: np.ndarray, weight: np.ndarray, dx: np.ndarray, accumulate: bool
 ) -> None:
     """Gradient of `input_affine` towards x (M, C, F); bins that it does not read have none."""
-    nb_bins = len(scale)
+    check(mean=(mean, "B"), scale=(scale, "B"), dx=(dx, "M C F"), weight=(weight, "C*B K"), dy=(dy, "M K"))
+    nb_bins = _nb_bins(mean, dx)
     scaled, _ = _scaled(weight, mean, scale)
     if not accumulate:
         dx[:, :, nb_bins:] = 0

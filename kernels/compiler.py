@@ -10,6 +10,7 @@ from typing import Callable
 import numba
 import numpy as np
 from numba import types
+from numba.core.errors import NumbaError
 from numba.core.event import Listener, install_listener
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,10 @@ class _SayOnce(Listener):
 
 
 def kernel(function: Callable) -> Callable:
-    """A Numba kernel without the GIL. Annotations are its argument types; it is compiled when first called."""
+    """A Numba kernel without the GIL. Annotations are its argument types; it is compiled when first called.
+
+    Arguments of other types are a ValueError; of shapes it knows nothing.
+    """
     compiled = None
 
     @functools.wraps(function)
@@ -60,7 +64,14 @@ def kernel(function: Callable) -> Callable:
             with _compiler:  # one thread compiles, the others wait
                 if compiled is None:
                     compiled = _compile(function)
-        compiled(*arguments)
+        try:
+            compiled(*arguments)
+        except (
+            TypeError,
+            OverflowError,
+            NumbaError,
+        ) as error:  # another type than the annotated one, or order in memory
+            raise ValueError(f"{function.__name__.strip('_')}: {' '.join(str(error).split())}") from None
 
     return call
 

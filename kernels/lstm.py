@@ -6,6 +6,7 @@ import numpy as np
 
 from kernels.compiler import IN, INT, OUT, SUMS, inline, kernel, tanh
 from kernels.products import PANEL, matmul, panels, products, small_product
+from kernels.shapes import check
 from kernels.threads import get_threads, run, split
 from kernels.training import dropout
 
@@ -106,6 +107,14 @@ def lstm_layer(
         gates: (T, N, D, 4 · size), written: the gates behind their sigmoid and tanh
         c, h: (T, N, D, size), written: cell and output
     """
+    check(
+        x=(x, "T N I"),
+        weight=(weight, "D 4 S I+S"),
+        bias=(bias, "D 4 S"),
+        gates=(gates, "T N D 4*S"),
+        c=(c, "T N D S"),
+        h=(h, "T N D S"),
+    )
     nb_directions, size, nb_inputs = weight.shape[0], weight.shape[2], x.shape[2]
     nb_rows = x.shape[0] * x.shape[1]
     # towards all gates of both directions at once
@@ -142,6 +151,16 @@ def lstm_layer_backward(
     Returns:
         dbias (D, 4, size)
     """
+    check(
+        x=(x, "T N I"),
+        weight=(weight, "D 4 S I+S"),
+        gates=(gates, "T N D 4*S"),
+        c=(c, "T N D S"),
+        h=(h, "T N D S"),
+        dy=(dy, "T N D S"),
+        **({} if dx is None else {"dx": (dx, "T N I")}),
+        **({} if dweight is None else {"dweight": (dweight, "D 4 S I+S")}),
+    )
     nb_directions, size, nb_inputs = weight.shape[0], weight.shape[2], x.shape[2]
     nb_samples, nb_rows = x.shape[1], x.shape[0] * x.shape[1]
     recurrent = [panels(w.reshape(4 * size, -1)[:, nb_inputs:]) for w in weight]

@@ -5,6 +5,7 @@ from typing import Optional
 import numpy as np
 
 from kernels.compiler import IN, INT, OUT, SUMS, inline, kernel, tanh
+from kernels.shapes import check
 from kernels.threads import get_threads, run, split
 
 # What follows the normalisation. MASK is ReLU, then the product with the mixture.
@@ -28,6 +29,7 @@ def _column_sums(x: IN(2), sums: SUMS, start: INT, stop: INT):
 
 def column_sums(x: np.ndarray) -> np.ndarray:
     """Sums over the rows of x and of x², float64 (2, K). In float64 squares may be summed as they are."""
+    check(x=(x, "M K"))
     sums = np.empty((2, x.shape[1]))
     run([(_column_sums, x, sums, *columns) for columns in split(x.shape[1], 2 * get_threads(), 64)])
     return sums
@@ -66,6 +68,8 @@ def normalize(
         x, mixture, out: (M, K); the mixture is only read by MASK
         mean, slope, shift: (K,)
     """
+    vectors = {"mean": (mean, "K"), "slope": (slope, "K"), "shift": (shift, "K")}
+    check(x=(x, "M K"), mixture=(mixture, "M K"), out=(out, "M K"), **vectors)
     run(
         [
             (_normalize, x[i:j], mean, slope, shift, kind, mixture[i:j], out[i:j])
@@ -159,6 +163,10 @@ def normalize_backward(
         x, dy, other: (M, K); other: the output for TANH, the mixture for MASK, else not read
         dx: (M, K), or None if not wanted
     """
+    vectors = {"mean": (mean, "K"), "slope": (slope, "K"), "shift": (shift, "K")}
+    vectors["inverse_std"] = (inverse_std, "K", np.float32)
+    written = {} if dx is None else {"dx": (dx, "M K")}
+    check(x=(x, "M K"), dy=(dy, "M K"), other=(other, "M K"), **vectors, **written)
     sums = np.empty((2, x.shape[1]))
     common = (mean, slope, shift, kind)
     columns = split(x.shape[1], 2 * get_threads(), 64)

@@ -1,8 +1,8 @@
 """Products of matrices: large ones by SciPy's sgemm over our threads, small ones, for loops, by a kernel of our own."""
 
 import ctypes
-import functools
 import itertools
+import threading
 
 import numpy as np
 from llvmlite import binding, ir
@@ -11,27 +11,59 @@ from numba.core import cgutils
 from numba.extending import get_cython_function_address, intrinsic
 
 from kernels.compiler import inline
+from kernels.shapes import check
 from kernels.threads import get_threads, run, split
 
 
-@functools.lru_cache(None)
-def _sgemm():
-    """SciPy's sgemm, with BLAS's own threads switched off: the rows are spread over our pool instead."""
-    import scipy.linalg.cython_blas
+class _Blas:
+    """SciPy's BLAS, without threads of its own while any product of ours is under way.
 
-    library = ctypes.CDLL(scipy.linalg.cython_blas.__file__)  # its symbols and those of the BLAS it links to
-    for name in ("scipy_openblas_set_num_threads", "openblas_set_num_threads", "MKL_Set_Num_Threads"):
-        if hasattr(library, name):
-            getattr(library, name)(ctypes.c_int(1))
-            break
-    address = get_cython_function_address("scipy.linalg.cython_blas", "sgemm")
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 13)(address)
+    The rows are spread over our pool instead. How many threads it has is a number of the whole process, and others use
+    it too: the first product to begin notes the number, the last one to end restores it.
+    """
+
+    NAMES = {  # what sets it: what tells it
+        "scipy_openblas_set_num_threads": "scipy_openblas_get_num_threads",
+        "openblas_set_num_threads": "openblas_get_num_threads",
+        "MKL_Set_Num_Threads": "MKL_Get_Max_Threads",
+    }
+
+    def __init__(self):
+        self.lock, self.products, self.before, self.sgemm = threading.Lock(), 0, 1, None
+
+    def __enter__(self):
+        with self.lock:
+            if self.sgemm is None:
+                self._find()
+            if self.products == 0:
+                self.before = self.get()
+                self.set(1)
+            self.products += 1
+        return self.sgemm
+
+    def __exit__(self, *error):
+        with self.lock:
+            self.products -= 1
+            if self.products == 0:
+                self.set(self.before)
+
+    def _find(self):
+        import scipy.linalg.cython_blas
+
+        library = ctypes.CDLL(scipy.linalg.cython_blas.__file__)  # its symbols and those of the BLAS it links to
+        known = [pair for pair in self.NAMES.items() if all(hasattr(library, name) for name in pair)]
+        self.set, self.get = (getattr(library, name) for name in known[0]) if known else (lambda n: None, lambda: 1)
+        address = get_cython_function_address("scipy.linalg.cython_blas", "sgemm")
+        self.sgemm = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 13)(address)
+
+
+_blas = _Blas()
 
 
 def _operand(matrix):
     """(transposed, leading dimension) of a float32 matrix whose rows, or columns, are contiguous."""
     if matrix.dtype != np.float32:
-        raise TypeError(f"a product of {matrix.dtype}: float32 is needed")
+        raise ValueError(f"a product of {matrix.dtype}: float32 is needed")
     rows, columns = matrix.shape
     if matrix.strides[1] == 4 or columns == 1 and matrix.strides[0] != 4:
         return b"N", matrix.strides[0] // 4 if rows > 1 else columns
@@ -48,7 +80,8 @@ def _product(a, b, out, accumulate):
     alpha, beta = ctypes.byref(ctypes.c_float(1)), ctypes.byref(ctypes.c_float(accumulate))
     # BLAS counts by columns: it sees every matrix transposed, and outᵀ = bᵀ aᵀ
     data = [matrix.ctypes.data for matrix in (a, b, out)]
-    _sgemm()(trans_b, trans_a, n, m, k, alpha, data[1], ldb, data[0], lda, beta, data[2], ldc)
+    with _blas as sgemm:
+        sgemm(trans_b, trans_a, n, m, k, alpha, data[1], ldb, data[0], lda, beta, data[2], ldc)
 
 
 def products(a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool = False) -> list[tuple]:
@@ -58,10 +91,11 @@ def products(a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool = F
     contiguous, of out the rows.
 
     Raises:
-        ValueError, TypeError: shapes that do not fit, strides that BLAS cannot take, not float32
+        ValueError: shapes that do not fit, strides that BLAS cannot take, not float32
     """
-    if a.shape[1] != b.shape[0] or out.shape != (a.shape[0], b.shape[1]):
-        raise ValueError(f"product of {a.shape} and {b.shape} into {out.shape}")
+    check(a=(a, "M K"), b=(b, "K L"), out=(out, "M L"))
+    for matrix in (a, b, out):
+        _operand(matrix)  # raises
     m, n = out.shape
     parts = get_threads()
     if m >= n // 4:

@@ -4,6 +4,7 @@ import numpy as np
 import scipy.fft
 
 from kernels.compiler import COMPLEX3, FLOAT, IN, INT, OUT, kernel
+from kernels.shapes import check
 from kernels.threads import run, split
 
 
@@ -16,8 +17,10 @@ def nb_frames(nb_timesteps: int, n_fft: int, n_hop: int, center: bool) -> int:
     """Frames of an STFT.
 
     Raises:
-        ValueError: the audio is too short for a frame, or for the reflection.
+        ValueError: the audio is too short for a frame, or for the reflection; a window or a hop of no sample.
     """
+    if n_fft < 1 or n_hop < 1:
+        raise ValueError(f"n_fft {n_fft}, n_hop {n_hop}: at least one sample is needed")
     shortest = n_fft // 2 + 1 if center else n_fft
     if nb_timesteps < shortest:
         raise ValueError(f"{nb_timesteps} samples of audio are too short: n_fft {n_fft} needs {shortest}")
@@ -69,6 +72,10 @@ def spectrogram(x: np.ndarray, n_fft: int, n_hop: int, center: bool, power: floa
         x: audio (N, C, nb_timesteps)
         out: (T, N, 1 if mono else C, F)
     """
+    check(x=(x, "N C L", np.float32))
+    nb_samples, nb_channels, nb_timesteps = x.shape
+    shape = (nb_frames(nb_timesteps, n_fft, n_hop, center), nb_samples, 1 if mono else nb_channels, n_fft // 2 + 1)
+    check(out=(out, "{} {} {} {}".format(*shape)))
     window = hann(n_fft)
 
     def block(sample, start, stop):
@@ -80,18 +87,22 @@ def spectrogram(x: np.ndarray, n_fft: int, n_hop: int, center: bool, power: floa
 
 def stft(x: np.ndarray, n_fft: int, n_hop: int, start: int, stop: int) -> np.ndarray:
     """Frames start … stop of the centred STFT of audio (C, nb_timesteps): complex64 (C, stop − start, F)."""
+    check(x=(x, "C L", np.float32))
+    if not 0 <= start <= stop <= nb_frames(x.shape[1], n_fft, n_hop, True):
+        raise ValueError(f"frames {start} … {stop} of {x.shape[1]} samples with n_fft {n_fft}, n_hop {n_hop}")
     window = hann(n_fft)
     out = np.empty((len(x), stop - start, n_fft // 2 + 1), np.complex64)
 
     def block(begin, end):
         out[:, begin:end] = _spectra(x, window, n_hop, True, start + begin, start + end)
 
-    run([(block, *part) for part in split(stop - start, -(-(stop - start) // 16))])
+    run([(block, *part) for part in split(stop - start, -(-(stop - start) // 16)) if part[0] < part[1]])
     return out
 
 
 def magnitude(spectra: np.ndarray, mono: bool) -> np.ndarray:
     """Magnitude of complex64 spectra (C, T, F) in the network's layout, (T, 1, 1 if mono else C, F)."""
+    check(spectra=(spectra, "C T F"))
     nb_channels, nb_frames, nb_bins = spectra.shape
     out = np.empty((nb_frames, 1, 1 if mono else nb_channels, nb_bins), np.float32)
     _magnitude(spectra, 1, mono, out, 0, 0)
@@ -114,6 +125,10 @@ def overlap_add(y: np.ndarray, n_fft: int, n_hop: int, sums: np.ndarray, envelop
         y: complex64 (J, C, T, F)
         sums: (J, C, nb_timesteps), envelope: (nb_timesteps,), both added to; nb_timesteps = (T − 1) n_hop + n_fft
     """
+    spectra = (y, f"J C T {n_fft // 2 + 1}", np.complex64)
+    check(y=spectra, envelope=(envelope, "L", np.float32), sums=(sums, "J C L", np.float32))
+    if y.shape[2] and envelope.size != (y.shape[2] - 1) * n_hop + n_fft:
+        raise ValueError(f"{y.shape[2]} frames have {(y.shape[2] - 1) * n_hop + n_fft} samples, not {envelope.size}")
     window = hann(n_fft)
 
     def row(spectra, out):

@@ -4,6 +4,7 @@ import numpy as np
 from numba import types
 
 from kernels.compiler import FLOAT, IN, INT, OUT, SUMS, inline, kernel
+from kernels.shapes import check
 from kernels.threads import get_threads, run, split
 
 
@@ -33,6 +34,7 @@ def dropout(x: np.ndarray, p: float, seed: int, layer: int, out: np.ndarray) -> 
     Which ones is a function of (seed, layer, index) alone: nothing is stored for the backward pass,
     and the number of threads does not matter. x, out: flat; seed: 32 bits.
     """
+    check(x=(x, "K"), out=(out, "K"))
     run([(_dropout, x[i:j], p, seed, layer, out[i:j], i) for i, j in split(len(x), get_threads())])
 
 
@@ -47,10 +49,11 @@ def _squared_error(a: IN(1), b: IN(1), sums: SUMS, part: INT):
 
 def squared_error(a: np.ndarray, b: np.ndarray) -> float:
     """Mean of (a − b)² over flat arrays, accumulated in float64."""
+    check(a=(a, "K"), b=(b, "K"))
     parts = split(len(a), -(-len(a) // 2**18))  # by length alone: the same for any number of threads
     sums = np.empty((1, len(parts)))
     run([(_squared_error, a[i:j], b[i:j], sums, part) for part, (i, j) in enumerate(parts)])
-    return sums.sum() / len(a)
+    return sums.sum() / max(1, len(a))
 
 
 @kernel
@@ -65,6 +68,7 @@ def _difference(a: IN(1), b: IN(1), factor: FLOAT, add: FLOAT, out: OUT(1)):
 
 def difference(a: np.ndarray, b: np.ndarray, factor: float, out: np.ndarray, accumulate: bool = False) -> None:
     """out (+)= factor · (a − b), flat arrays."""
+    check(a=(a, "K"), b=(b, "K"), out=(out, "K"))
     parts = split(len(a), 4 * get_threads())
     run([(_difference, a[i:j], b[i:j], factor, accumulate, out[i:j]) for i, j in parts])
 
@@ -97,7 +101,9 @@ def adam(
     numbers = (rate, 1 - beta1, 1 - beta2, beta2, correction, eps, weight_decay)
     tasks = []
     for arrays in parameters:
-        size = len(arrays[0])
+        value, gradient, first, second = arrays
+        check(value=(value, "K"), gradient=(gradient, "K"), first=(first, "K"), second=(second, "K"))
+        size = len(value)
         parts = split(size, -(-size // 2**17))
         tasks += [(_adam, *(array[i:j] for array in arrays), *numbers) for i, j in parts]
     run(tasks)

@@ -4,6 +4,7 @@ import numpy as np
 from numba import types
 
 from kernels.compiler import IN, INT, OUT, inline, kernel
+from kernels.shapes import check
 from kernels.threads import run, split
 
 # Complex numbers are read and written as pairs, and in between kept as planes: for n bins of one frame, four
@@ -223,6 +224,10 @@ def wiener(
         noise: added to the diagonal of the mixture's covariance
         out: (J, C, T, F) complex, written; J + 1 sources with a residual
     """
+    nb_channels = 1 if np.shape(v)[2:3] == (1,) else "C"
+    check(x=(x, "C T F"), v=(v, f"J T {nb_channels} F"), out=(out, f"J+{int(residual)} C T F"))
+    if not 1 <= len(x) <= 2 or out.dtype != x.dtype or v.dtype != x.real.dtype:
+        raise ValueError(f"{len(x)} channels of {x.dtype}, magnitudes {v.dtype}, result {out.dtype}: they do not fit")
     function = _wiener_single if x.dtype == np.complex64 else _wiener_double
     numbers = (iterations, int(softmask), int(residual), eps, weight, noise)
     x, out = x.view(v.dtype), out.view(v.dtype)
@@ -232,6 +237,7 @@ def wiener(
 
 def peak(x: np.ndarray) -> float:
     """max |x| of a complex array (C, T, F), without an array of all magnitudes."""
+    check(x=(x, "C T F"))
     peaks = np.zeros((x.shape[0], x.shape[1]))
 
     def block(start, stop):

@@ -36,10 +36,17 @@ def test_every_option_has_help_with_its_default_once_if_that_says_something(pars
 @pytest.mark.parametrize(
     "option, accepted, refused",
     [
-        ("--epochs", ["1", "7"], ["0", "-1", "1.5", "inf", "nan", ""]),
-        ("--seed", ["0", "7"], ["-1", "1.5"]),
-        ("--lr", ["1e-12", "1"], ["0", "-1", "inf", "nan", "a"]),
-        ("--weight-decay", ["0", "1"], ["-1e-9", "inf", "nan"]),
+        ("--epochs", ["1", "7"], ["0", "-1", "1.5", "inf", "nan", "", "1" + 20 * "0", "9" * 5000]),
+        ("--seed", ["0", "7", str(2**64)], ["-1", "1.5", "1" + 20 * "0"]),
+        ("--lr", ["1e-12", "1"], ["0", "-1", "inf", "nan", "a", "1e308"]),
+        ("--lr-decay-gamma", ["1e-12", "1"], ["0", "1.1", "nan"]),
+        ("--weight-decay", ["0", "1"], ["-1e-9", "inf", "nan", "1e308"]),
+        ("--seq-dur", ["-1", "0", "1e-9", "6"], ["inf", "-inf", "nan", "1e308", "-1e308"]),
+        ("--checkpoint-every", ["0", "0.5", "600"], ["-1", "inf", "nan", "1e308"]),
+        ("--threads", ["1", "1024"], ["0", "1" + 20 * "0"]),
+        ("--nb-workers", ["0", "1024"], ["-1", "1" + 20 * "0"]),
+        ("--samples-per-track", ["1", "1000000"], ["0", "1" + 20 * "0"]),
+        ("--device-id", ["0", "1"], ["-1", "abc", "", "1.5"]),
     ],
 )
 def test_numbers_that_options_take(option, accepted, refused, capsys):
@@ -50,6 +57,36 @@ def test_numbers_that_options_take(option, accepted, refused, capsys):
         with pytest.raises(SystemExit) as stop:
             parser.parse_args([f"{option}={text}"])
         assert stop.value.code == 2 and option in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--output", "--model", "--checkpoint", "--root"])
+def test_paths_are_not_empty(option, capsys):
+    parser = args.train_parser()
+    assert getattr(parser.parse_args([option, "~/x"]), option[2:]) == str(Path.home() / "x")
+    for text in ("", "\0", "~nobody-of-this-name/x"):
+        with pytest.raises(SystemExit) as stop:
+            parser.parse_args([option, text])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and f"{option}: " in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "[" * 100000, '{"a": NaN}', '{"a": [1e999]}', '{"a": -Infinity}'])
+def test_network_options_are_an_object_of_numbers_that_are_some(text, capsys):
+    with pytest.raises(SystemExit) as stop:
+        args.train_parser().parse_args(["--network-options", text])
+    assert stop.value.code == 2 and "is not a JSON object" in capsys.readouterr().err
+
+
+def test_what_an_option_accepts():
+    """Values as they are recorded: of the type that the option has, within its bounds."""
+    parser = args.train_parser()
+    for name, value in vars(parser.parse_args([])).items():
+        if type(value) in (int, float, list):
+            assert parser.accepts(name, value), name
+    for name, value in (("lr", 1), ("lr", "0.1"), ("batch_size", 16.0), ("batch_size", True), ("batch_size", 0)):
+        assert not parser.accepts(name, value)
+    for value in ("gain", [1], None, {}):
+        assert not parser.accepts("source_augmentations", value)
 
 
 @pytest.mark.parametrize("parser, required", [(args.separate_parser, ["song.wav"]), (args.evaluate_parser, [])])

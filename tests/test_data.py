@@ -1,9 +1,12 @@
 """The data source: what it draws, and what it says when the folder is not what it was told."""
 
+import dataclasses
 import itertools
 import os
 import shutil
+import struct
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,8 @@ import stempeg
 from formulas import float64_magnitudes
 
 import data
+import randomness
+import tracks
 import utils
 from utils import UsageError
 
@@ -25,7 +30,7 @@ def source(root, **options):
 
 def find(excerpt, track, name):
     """Start of an excerpt, up to its gain, in a source of a track, or None: by normalised correlation."""
-    stem = data.read(track.sources[name])[0].astype(np.float64)
+    stem = track.read(track.sources[name])[0].astype(np.float64)
     probe = excerpt[0].astype(np.float64)
     size = len(stem) + len(probe)
     correlation = np.fft.irfft(np.fft.rfft(stem, size) * np.conj(np.fft.rfft(probe, size)), size)
@@ -104,20 +109,21 @@ def test_streams_of_random_numbers_do_not_meet():
     """Each purpose and key has a stream of its own; also where numbers could be padded, or run together."""
     numbers = (0, 1, 2, 10, 12, 120, 2**32, 2**64)
     streams = [("initial weights", {"seed": seed}) for seed in numbers]
-    for purpose in ("dropout", "order"):
-        streams += [(purpose, {"seed": seed, "epoch": epoch}) for seed in numbers for epoch in numbers]
+    for seed, epoch in itertools.product(numbers, numbers):
+        streams += [("order", {"seed": seed, "epoch": epoch})]
+        streams += [("dropout", {"seed": seed, "epoch": epoch, "step": step}) for step in numbers]
     for seed, epoch, index, name in itertools.product(numbers, numbers, numbers[:5], ("bass", "drums")):
         key = {"seed": seed, "epoch": epoch, "index": index, "source": name}
         streams += [("draw", key)] + [("augmentation", {**key, "name": name}) for name in data.AUGMENTATIONS]
-    assert {purpose for purpose, _ in streams} == set(utils.STREAMS)
-    draws = {utils.random_stream(purpose, **key).integers(2**63) for purpose, key in streams}
+    assert {purpose for purpose, _ in streams} == set(randomness.STREAMS)
+    draws = {randomness.random_stream(purpose, **key).integers(2**63) for purpose, key in streams}
     assert len(draws) == len(streams)
-    first, again = (utils.random_stream("order", seed=1, epoch=np.int64(2)).random(9) for _ in range(2))
+    first, again = (randomness.random_stream("order", seed=1, epoch=np.int64(2)).random(9) for _ in range(2))
     np.testing.assert_array_equal(first, again)
     with pytest.raises(KeyError):
-        utils.random_stream("order", seed=1)
+        randomness.random_stream("order", seed=1)
     with pytest.raises(TypeError, match="do not depend on index"):
-        utils.random_stream("order", seed=1, epoch=2, index=3)
+        randomness.random_stream("order", seed=1, epoch=2, index=3)
 
 
 def test_several_targets_are_stacked(songs):
@@ -162,8 +168,9 @@ def test_an_error_in_a_worker_reaches_the_caller(songs, tmp_path):
     shutil.copytree(songs, tmp_path / "songs")
     train = source(tmp_path / "songs")
     shutil.rmtree(tmp_path / "songs")
-    with pytest.raises(Exception, match="opening"):
+    with pytest.raises(OSError) as error:
         list(data.DataIterator(train, 4, 2).epoch(1))
+    assert Path(error.value.filename) in {path for track in train.tracks for path in track.sources.values()}
 
 
 class Slow:
@@ -267,13 +274,14 @@ def stems(songs, tmp_path_factory):
 def test_stems_are_decoded_once_and_equal_musdb(stems, tmp_path, monkeypatch):
     import musdb
 
-    monkeypatch.setattr(data.pooch, "os_cache", lambda name: tmp_path / name)
+    monkeypatch.setattr(tracks.pooch, "os_cache", lambda name: tmp_path / name)
     train = source(stems, is_wav=False)
-    tracks = musdb.DB(root=str(stems), subsets="train", split="train").tracks
-    assert [track.name for track in train.tracks] == [track.name for track in tracks]
+    theirs = musdb.DB(root=str(stems), subsets="train", split="train").tracks
+    assert [track.name for track in train.tracks] == [track.name for track in theirs]
+    track = train.tracks[0]
     for name in ("bass", "vocals"):
-        np.testing.assert_array_equal(data.read(train.tracks[0].sources[name]).T, tracks[0].sources[name].audio)
-    np.testing.assert_array_equal(data.read(train.tracks[0].mixture).T, tracks[0].audio)
+        np.testing.assert_array_equal(track.read(track.sources[name]).T, theirs[0].sources[name].audio)
+    np.testing.assert_array_equal(mixture_of(track).T, theirs[0].audio)
     times = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*.wav"))]
     source(stems, is_wav=False)
     assert times == [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*.wav"))]
@@ -283,7 +291,7 @@ def test_stems_are_decoded_once_and_equal_musdb(stems, tmp_path, monkeypatch):
 def one_stem(stems, tmp_path, monkeypatch):
     """A file of stems, and an empty folder where decoded ones are kept."""
     kept = tmp_path / "kept"
-    monkeypatch.setattr(data.pooch, "os_cache", lambda name: kept)
+    monkeypatch.setattr(tracks.pooch, "os_cache", lambda name: kept)
     path = tmp_path / "songs" / "train" / "Song.stem.mp4"
     path.parent.mkdir(parents=True)
     shutil.copy(sorted((stems / "train").iterdir())[0], path)
@@ -295,30 +303,34 @@ def decoded(path):
     return track
 
 
+def mixture_of(track):
+    return track.read(track.mixture)
+
+
 def test_stems_that_have_changed_are_decoded_again(stems, one_stem):
     path, kept = one_stem
-    before = data.read(decoded(path).mixture)
+    before = mixture_of(decoded(path))
     shutil.copy(sorted((stems / "train").iterdir())[1], path)
-    after = data.read(decoded(path).mixture)
+    after = mixture_of(decoded(path))
     assert not np.array_equal(before, after)
     assert len(list(kept.iterdir())) == 2
     os.utime(path, (0, 0))  # a change may keep the size
-    np.testing.assert_array_equal(data.read(decoded(path).mixture), after)
+    np.testing.assert_array_equal(mixture_of(decoded(path)), after)
     assert len(list(kept.iterdir())) == 3
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError])
 def test_stems_are_decoded_wholly_or_not_at_all(one_stem, monkeypatch, interruption):
     path, kept = one_stem
-    write, count = soundfile.write, itertools.count(1)
+    written, count = tracks.write, itertools.count(1)
 
     def interrupted(*args, **options):
-        write(*args, **options)
+        written(*args, **options)
         if next(count) == 3:
             raise interruption
 
     with monkeypatch.context() as patch:
-        patch.setattr(soundfile, "write", interrupted)
+        patch.setattr(tracks, "write", interrupted)
         with pytest.raises(interruption):
             decoded(path)
     assert not list(kept.rglob("*.wav")), "nothing is left, and nothing could be taken for whole"
@@ -329,14 +341,14 @@ def test_stems_are_decoded_wholly_or_not_at_all(one_stem, monkeypatch, interrupt
 def test_stems_that_two_processes_decode_at_once(one_stem, monkeypatch):
     """Each in a folder of its own; the first gives it its name, the second takes that."""
     path, kept = one_stem
-    write, count, other = soundfile.write, itertools.count(1), []
+    written, count, other = tracks.write, itertools.count(1), []
 
     def interrupted(*args, **options):
         if next(count) == 3:
             other.append(decoded(path))
-        write(*args, **options)
+        written(*args, **options)
 
-    monkeypatch.setattr(soundfile, "write", interrupted)
+    monkeypatch.setattr(tracks, "write", interrupted)
     assert [decoded(path)] == other
     assert [other[0].mixture.parent] == list(kept.iterdir())
 
@@ -373,15 +385,20 @@ def spoil_mixture(track):
     (track / "mixture.wav").write_bytes(b"not audio")
 
 
+def spoil_length_of_the_file(track):
+    os.truncate(track / "mixture.wav", 2**36)  # ffprobe would read it to its end
+
+
 @pytest.mark.parametrize(
     "spoil, message",
     [
+        (spoil_length_of_the_file, "is longer than it says: 68719476736 bytes"),
         (spoil_missing_stem, "no drums.wav"),
         (spoil_missing_mixture, "no mixture.wav"),
         (spoil_length, "differ in length"),
         (spoil_rate, "differ in"),
         (spoil_content, "cannot read"),
-        (spoil_mixture, "cannot be read"),
+        (spoil_mixture, "is not a WAV file"),
     ],
 )
 def test_damaged_tracks_are_named(songs, tmp_path, spoil, message):
@@ -439,3 +456,257 @@ def test_the_command_checks_a_dataset(songs, tmp_path, capsys):
         data.main(["--root", str(tmp_path / "songs"), "--is-wav", "--quiet"])
     assert stop.value.code == 2
     assert "not finite" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------- looked at, and read as they were then
+
+
+def write(path, audio, subtype="FLOAT", rate=RATE):
+    soundfile.write(path, audio, rate, subtype=subtype, format="WAV")
+
+
+def noise(seconds=1.0):
+    return (0.1 * np.random.default_rng(0).standard_normal((int(seconds * RATE), 2))).astype(np.float32)
+
+
+def small(root, **others):
+    """A folder with a song each of both splits, of floats; `others`: what is another file of the one to train on."""
+    for song in ("Song", "Actions - One Minute Smile"):
+        folder = root / "train" / song
+        folder.mkdir(parents=True)
+        for name in ("mixture", "vocals", "drums", "bass", "other"):
+            write(folder / f"{name}.wav", others.get(name, noise()) if song == "Song" else noise())
+    return root / "train" / "Song"
+
+
+def lines_of(capsys, root, status=2):
+    with pytest.raises(SystemExit) as stop:
+        data.main(["--root", str(root), "--is-wav", "--quiet", "--seq-dur", "0.5"])
+    assert stop.value.code == status
+    return capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30, -1e10])
+@pytest.mark.parametrize("name", ["mixture", "vocals", "other"])
+@pytest.mark.parametrize("place", [0, 2**18 + 7])
+def test_any_stem_with_numbers_that_cannot_be_is_named(tmp_path, name, value, place):
+    """Whatever the target: they all make up the mixtures."""
+    spoiled = noise(7.0)
+    spoiled[place, 1] = value
+    folder = small(tmp_path, **{key: noise(7.0) for key in ("mixture", "vocals", "drums", "bass", "other")})
+    write(folder / f"{name}.wav", spoiled)
+    with pytest.raises(UsageError, match=f"{name}.wav has samples that are not finite, or larger") as error:
+        source(tmp_path, seq_dur=0.5)
+    assert "\n" not in str(error.value) and "track 'Song'" in str(error.value)
+
+
+def test_doubles_that_single_precision_cannot_hold(tmp_path):
+    folder = small(tmp_path)
+    audio = noise().astype(np.float64)
+    audio[100] = 1e300
+    write(folder / "drums.wav", audio, "DOUBLE")
+    with pytest.raises(UsageError, match="drums.wav has samples"):
+        source(tmp_path, seq_dur=0.5)
+
+
+def test_the_command_says_all_that_is_wrong(tmp_path, capsys):
+    folder = small(tmp_path, vocals=np.full((RATE, 2), np.nan, np.float32), bass=noise(0.5))
+    (folder / "drums.wav").unlink()
+    valid = tmp_path / "train" / "Actions - One Minute Smile"
+    soundfile.write(valid / "other.wav", noise(), RATE, "PCM_16", format="FLAC")
+    size = (valid / "other.wav").stat().st_size
+    with open(valid / "other.wav", "r+b") as stream:  # within the data: only who reads it notices
+        stream.seek(size // 2)
+        stream.write(bytes(size // 8))
+    first, second = lines_of(capsys, tmp_path)
+    for part in ("'Song'", "vocals.wav has samples", "no drums.wav", "differ in length: 0.50 to 1.00 s"):
+        assert part in first
+    assert "'Actions - One Minute Smile'" in second and "other.wav" in second
+
+
+def header(nb_channels=2, rate=RATE, data=b"", size=None):
+    bits = 16
+    block = (nb_channels * bits // 8) & 0xFFFF
+    form = struct.pack("<HHIIHH", 1, nb_channels, rate, rate * block & 0xFFFFFFFF, block, bits)
+    chunks = (
+        b"WAVEfmt " + struct.pack("<I", 16) + form + b"data" + struct.pack("<I", len(data) if size is None else size)
+    )
+    return b"RIFF" + struct.pack("<I", len(chunks) + len(data)) + chunks + data
+
+
+@pytest.mark.parametrize("name", ["mixture", "bass"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"RIFF",
+        header(),
+        header(0, data=bytes(4000)),
+        header(65535, data=bytes(2**18)),
+        header(rate=0, data=bytes(400)),
+    ]
+    + [header(data=bytes(400), size=2**31 - 1), header(data=bytes(RATE * 2)), bytes(1000)],
+    ids=["empty", "cut", "nothing", "0 channels", "65535 channels", "0 Hz", "2 GB", "half", "zeros"],
+)
+def test_files_that_are_no_song(tmp_path, capsys, name, content):
+    folder = small(tmp_path)
+    (folder / f"{name}.wav").write_bytes(content)
+    with pytest.raises(UsageError) as error:
+        source(tmp_path, seq_dur=0.5)
+    assert "Song" in str(error.value) and "\n" not in str(error.value)
+    (line,) = lines_of(capsys, tmp_path)
+    assert "Song" in line
+
+
+def replace_by_a_folder(folder):
+    (folder / "bass.wav").unlink()
+    (folder / "bass.wav").mkdir()
+
+
+def replace_by_a_pipe(folder):
+    (folder / "bass.wav").unlink()
+    os.mkfifo(folder / "bass.wav")
+
+
+def add_an_empty_folder(folder):
+    (folder.parent / "Empty").mkdir()
+
+
+def name_in_latin_1(folder):
+    os.rename(folder, os.fsencode(folder.parent) + b"/S\xf6ng")
+
+
+@pytest.mark.parametrize(
+    "spoil, part",
+    [
+        (replace_by_a_folder, "bass.wav is not a file"),
+        (replace_by_a_pipe, "bass.wav is not a file"),
+        (add_an_empty_folder, "there is no mixture.wav"),
+        (name_in_latin_1, "S\\xf6ng is not in UTF-8"),
+    ],
+)
+def test_folders_that_are_no_song(tmp_path, capsys, spoil, part):
+    spoil(small(tmp_path))
+    with pytest.raises(UsageError) as error:
+        source(tmp_path, seq_dur=0.5)
+    assert part in str(error.value) and "\n" not in str(error.value)
+    str(error.value).encode()  # any terminal can show it
+    assert part in lines_of(capsys, tmp_path)[0]
+
+
+def vanish(path):
+    path.unlink()
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def replace(path):
+    write(path.with_name("new"), noise()[::-1])
+    os.replace(path.with_name("new"), path)
+
+
+def overwrite(path):
+    write(path, 2 * noise())
+
+
+def spoil_in_secret(path):
+    """Size and time stay."""
+    stat, audio = path.stat(), noise()
+    audio[RATE // 2] = np.nan
+    write(path, audio)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def truncate_in_secret(path):
+    """The size of the file stays: it is that of what it says of itself that does not."""
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    place = content.index(b"data") + 4
+    content[place : place + 4] = struct.pack("<I", 8)
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [vanish, truncate, replace, overwrite, spoil_in_secret, truncate_in_secret])
+@pytest.mark.parametrize("nb_workers", [0, 2])
+def test_a_file_that_changes_during_training_is_named(tmp_path, change, nb_workers):
+    folder = small(tmp_path)
+    train = source(tmp_path, seq_dur=1.0, samples_per_track=40)
+    batches = data.DataIterator(train, 2, nb_workers).epoch(1)
+    next(batches)
+    change(folder / "drums.wav")
+    with pytest.raises(OSError) as error:
+        list(batches)
+    assert error.value.filename == str(folder / "drums.wav") and "\n" not in utils.describe(error.value)
+    with pytest.raises(OSError):
+        data.statistics([dataclasses.replace(train.tracks[0], mixture=folder / "drums.wav")], 512, 128)
+
+
+def test_integers_are_not_read_twice(songs, monkeypatch):
+    """They cannot be anything but numbers within ±1."""
+    monkeypatch.setattr(soundfile, "blocks", lambda *args, **options: pytest.fail("read"))
+    source(songs)
+
+
+@pytest.mark.parametrize("damage", [truncate, vanish, lambda path: path.write_bytes(b"RIFF")])
+def test_decoded_stems_that_are_damaged_are_decoded_again(one_stem, damage):
+    path, kept = one_stem
+    before = mixture_of(decoded(path))
+    track = decoded(path)
+    damage(track.sources["drums"])
+    again = decoded(path)
+    np.testing.assert_array_equal(mixture_of(again), before)
+    assert len(again.read(again.sources["drums"])) == 2 and len(list(kept.iterdir())) == 1
+
+
+def test_what_a_killed_process_left_of_decoding_is_deleted(one_stem):
+    path, kept = one_stem
+    (kept / ".0123abcd.partial").mkdir(parents=True)
+    (kept / ".0123abcd.partial" / "mixture.wav").write_bytes(b"RIFF")
+    decoded(path)
+    assert len(list(kept.iterdir())) == 1
+
+
+def test_stems_that_are_truncated(one_stem):
+    """ffmpeg decodes what is there, and musdb does not ask whether it has failed."""
+    path, kept = one_stem
+    content = path.read_bytes()
+    assert content.index(b"moov") < content.index(b"mdat") or content.count(b"moov") == 1
+    place = content.index(b"mdat")
+    middle = place + (len(content) - place) // 3
+    path.write_bytes(content[:middle] + bytes(len(content) // 3) + content[middle + len(content) // 3 :])
+    with pytest.raises(UsageError, match="Song.stem.mp4") as error:
+        decoded(path)
+    assert "\n" not in str(error.value) and not list(kept.rglob("*.wav"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"seq_dur": value} for value in (0, -1, float("nan"), float("inf"), 1e308, 1e-9, "6", [6], True)]
+    + [{"samples_per_track": value} for value in (0, -1, 10**20, 2.5, "4", None, True)]
+    + [{"seed": value} for value in (-1, 10**30, 1.5, "3", None)]
+    + [{"augmentations": value} for value in ("gain", None, 3, [3], [["gain"]], ["gain", "gain"])]
+    + [{"target": value} for value in (None, 3, [], [3], [["bass"]], b"bass")]
+    + [{"root": value} for value in (3, "", "no\0where", "~nobody/songs", __file__, [])]
+    + [{"split": value} for value in (None, "test", 3)],
+    ids=str,
+)
+def test_arguments_that_cannot_be(songs, options):
+    with pytest.raises(ValueError) as error:
+        source(**{"root": songs, **options})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("arguments", [(0, 0), (-1, 0), (2.5, 0), (10**20, 0), (2, -1), (2, 10**20), (2, None)])
+def test_sizes_of_batches_that_cannot_be(songs, arguments):
+    with pytest.raises(ValueError, match="whole number"):
+        data.DataIterator(source(songs), *arguments)
+
+
+@pytest.mark.parametrize("sizes", [(0, 1), (512, 0), (-4, 2), (512.5, 2), (10**7, 2)])
+def test_sizes_of_statistics_that_cannot_be(songs, sizes):
+    with pytest.raises(ValueError):
+        data.statistics(source(songs).tracks, *sizes)
+    with pytest.raises(ValueError, match="no tracks"):
+        data.statistics([], 512, 128)

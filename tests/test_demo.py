@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
-from pathlib import Path
 from urllib.parse import unquote
 
 import matplotlib.image
@@ -200,7 +199,7 @@ def test_an_earlier_page_is_replaced_whole_or_kept(outdir, folders, tmp_path, mo
         raise OSError("disk full")
 
     monkeypatch.setattr(demo, "sdr", lambda *arguments: 0.0)  # museval takes its time
-    monkeypatch.setattr(demo.soundfile, "write", fail)
+    monkeypatch.setattr(demo, "write", fail)
     with pytest.raises(OSError, match="disk full"):
         demo.demo(*folders, tmp_path / "page", quiet=True)
     assert {path: path.read_bytes() for path in (tmp_path / "page").rglob("*.*")} == before
@@ -211,12 +210,15 @@ def test_the_page_itself_is_replaced_whole_or_kept(outdir, folders, tmp_path, mo
     page = tmp_path / "page" / "index.html"
     before = page.read_bytes()
 
-    def fail(path, *arguments, **options):
-        path.write_bytes(b"half")
-        raise OSError("disk full")
+    write = demo.files.write
+
+    def fail(path, data):
+        if path == page:
+            raise OSError("disk full")
+        write(path, data)
 
     monkeypatch.setattr(demo, "sdr", lambda *arguments: 0.0)
-    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr(demo.files, "write", fail)
     with pytest.raises(OSError, match="disk full"):
         demo.demo(*folders, tmp_path / "page", quiet=True)
     assert page.read_bytes() == before and len(list((tmp_path / "page").iterdir())) == 2

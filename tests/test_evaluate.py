@@ -22,8 +22,11 @@ import stempeg
 import args
 import context
 import evaluate
+import files
 import kernels.threads
+import scores
 import separate
+import tracks
 import weights
 from args import TARGETS
 from scores import PUBLISHED
@@ -183,8 +186,8 @@ def test_the_medians_are_those_of_museval_for_the_folder(whole):
     store = museval.EvalStore()
     store.add_eval_dir(str(evaldir))
     expected = store.agg_frames_tracks_scores()
-    for target, scores in summary(evaldir)["scores"]["four sources"].items():
-        for metric, value in scores.items():
+    for target, medians in summary(evaldir)["scores"]["four sources"].items():
+        for metric, value in medians.items():
             assert value == pytest.approx(expected[target, metric])
 
 
@@ -218,7 +221,7 @@ def test_a_target_alone_is_scored_beside_the_rest(root, tmp_path):
 
 
 def test_stems_in_mp4(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate.data.pooch, "os_cache", lambda name: tmp_path / name)
+    monkeypatch.setattr(tracks.pooch, "os_cache", lambda name: tmp_path / name)
     (tmp_path / "musdb" / "test").mkdir(parents=True)
     track = root / "test" / NAMES[0]
     audio = [soundfile.read(track / f"{name}.wav")[0] for name in ("mixture", "drums", "bass", "other", "vocals")]
@@ -341,6 +344,57 @@ def test_a_failing_track_does_not_stop_the_others(root, pair, tmp_path, capsys, 
     assert run(songs, tmp_path / "eval", *ACCOMPANIMENT)["failed"] == {}
 
 
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (OSError(28, "No space left on device", "/disk/x.wav"), "/disk/x.wav: No space left on device"),
+        (MemoryError(), "MemoryError: MemoryError"),
+        (RuntimeError("two\nlines"), "RuntimeError: two lines"),
+        (RecursionError("deep"), "RecursionError: deep"),
+    ],
+)
+def test_whatever_is_wrong_with_a_track_the_others_go_on(root, tmp_path, capsys, monkeypatch, error, line):
+    def opened(track, *arguments):
+        if track.name == NAMES[0]:
+            raise error
+        return tracks.open_track(track, *arguments)
+
+    monkeypatch.setattr(evaluate, "open_track", opened)
+    assert f"evaluate.py: {NAMES[0]}: {line}\n" in fails(capsys, root, tmp_path, *ACCOMPANIMENT, status=1)
+    assert set(summary(tmp_path)["tracks"]) == set(NAMES[1:])
+
+
+def test_tracks_of_a_process_that_is_killed_are_named(long, tmp_path):
+    """Whoever kills it: the system, when memory is short."""
+    root, expected = long
+    process = start(root, tmp_path / "eval", "--cores", 2)
+    wait_for_scores(process, tmp_path / "eval")
+    os.kill(children_of(process)[-1], signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in error
+    scored = summary(tmp_path / "eval")
+    named = {f"Song {k}" for k in range(6) if f"Song {k}: not scored, a process died" in error}
+    assert named == set(scored["failed"]) and named | set(scored["tracks"]) == set(expected["tracks"])
+    assert named and set(scored["tracks"])
+
+
+def test_a_process_that_cannot_begin(root, tmp_path, capfd, monkeypatch):
+    """Its tracks are named with the reason."""
+    folder = copy(root, tmp_path / "copy")
+
+    def in_processes(todo, *arguments):
+        shutil.rmtree(folder.parent / "m0")  # after the parent has read it
+        return processes(todo, *arguments)
+
+    processes = evaluate.in_processes
+    monkeypatch.setattr(evaluate, "in_processes", in_processes)
+    with pytest.raises(SystemExit) as error:
+        run(folder, tmp_path / "eval", *ACCOMPANIMENT, "--cores", 2)
+    said = capfd.readouterr().err
+    assert error.value.code == 1 and "Traceback" not in said
+    assert all(f"{name}: UsageError: unknown model" in said for name in NAMES)
+
+
 def test_an_error_of_museval_is_that_of_its_track(root, tmp_path, capsys, monkeypatch):
     score = museval.eval_mus_track
 
@@ -376,32 +430,55 @@ def alive(pid):
     return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
 
 
+def start(root, evaldir, *options):
+    """The command in a process of its own."""
+    script = [sys.executable, str(Path(evaluate.__file__)), *command(root, evaldir, *ACCOMPANIMENT, *options)]
+    return subprocess.Popen(script, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_scores(process, evaldir):
+    """Until it has those of the first song."""
+    limit = time.monotonic() + 60
+    while not any((evaldir / "test").glob("Song*.json")):
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.02)
+
+
+def children_of(process):
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
 @pytest.mark.parametrize(
-    "number, status, cores", [(signal.SIGINT, 130, 1), (signal.SIGINT, 130, 2), (signal.SIGKILL, -9, 2)]
+    "number, status, cores",
+    [
+        (signal.SIGINT, 130, 1),
+        (signal.SIGINT, 130, 2),
+        (signal.SIGTERM, 143, 1),
+        (signal.SIGTERM, 143, 2),
+        (signal.SIGKILL, -9, 2),
+    ],
 )
 def test_an_interrupted_run_continues(long, tmp_path, number, status, cores):
     root, expected = long
-    script = [sys.executable, str(Path(evaluate.__file__)), *command(root, tmp_path / "eval", *ACCOMPANIMENT)]
-    process = subprocess.Popen([*script, "--cores", str(cores)], stderr=subprocess.PIPE, text=True)
     folder = tmp_path / "eval" / "test"
-    limit = time.monotonic() + 60
-    while not (folder.is_dir() and any(folder.glob("Song*.json"))):
-        assert process.poll() is None and time.monotonic() < limit
-        time.sleep(0.02)
-    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    process = start(root, tmp_path / "eval", "--cores", cores)
+    wait_for_scores(process, tmp_path / "eval")
+    children = children_of(process)
     assert len(children) >= cores if cores > 1 else True
     process.send_signal(number)
     _, error = process.communicate(timeout=30)
     assert process.returncode == status
     assert "Traceback" not in error
-    if number == signal.SIGINT:
-        assert "the same command continues" in error
+    if number != signal.SIGKILL:
+        assert error == "evaluate.py: interrupted: the same command continues\n"
+        assert not [path for path in (tmp_path / "eval").rglob(".*")], "nothing is left"
+    limit = time.monotonic() + 60
     done = {path.name: path.stat().st_mtime_ns for path in folder.glob("Song*.json")}
     assert 0 < len(done) < 6
     while any(map(alive, children)):  # they see it at once, but a kernel or a product may have to end
         assert time.monotonic() < limit
         time.sleep(0.05)
-    (folder / ".Song 5.123.json").write_text("{")  # what a kill at the wrong moment leaves
+    (folder / ".12345678.partial").write_text("{")  # what a kill at the wrong moment leaves
     written = run(root, tmp_path / "eval", *ACCOMPANIMENT)
     assert written["scores"] == expected["scores"] and written["tracks"] == expected["tracks"]
     assert all((folder / name).stat().st_mtime_ns == then for name, then in done.items())
@@ -412,26 +489,82 @@ def test_half_a_json_is_made_again(root, pair, tmp_path):
     shutil.copytree(pair, tmp_path / "eval")
     path = tmp_path / "eval" / "test" / f"{NAMES[1]}.json"
     text = path.read_text()
-    without_vocals = json.loads(text)
-    without_vocals["targets"] = [one for one in without_vocals["targets"] if one["name"] != "vocals"]
-    for half in (text[:100], "{}", json.dumps(without_vocals)):
+    for half in (text[:100], "{}", "["):
         path.write_text(half)
         run(root, tmp_path / "eval", *ACCOMPANIMENT)
         assert path.read_text() == text
 
 
+def spoiled(value):
+    """What museval writes, with a part of it replaced, or taken away, at a time."""
+    if isinstance(value, dict):
+        for key in value:
+            yield {name: item for name, item in value.items() if name != key}
+            yield from ({**value, key: other} for other in spoiled(value[key]))
+        yield {**value, "more": 1}
+    elif isinstance(value, list):
+        yield from ([], [*value, value[0]], [*value, {}], value[1:])
+        yield from ([other, *value[1:]] for other in spoiled(value[0]))
+    yield from (None, True, "x", [], {}, float("inf"), 10**400, [value])
+
+
+def test_scores_are_only_what_museval_writes(pair, tmp_path):
+    """Of anything else, the track is scored again. Whatever is taken for complete can be summed up."""
+    track = json.loads((pair / "test" / f"{NAMES[0]}.json").read_text())
+    for target in track["targets"]:
+        target["frames"] = target["frames"][:2]
+    stems = ["vocals", "accompaniment"]
+    assert scores.is_complete(track, stems) and not scores.is_complete(track, [*stems, "drums"])
+    others = list(spoiled(track))
+    complete = [other for other in others if scores.is_complete(other, stems)]
+    assert len(complete) < 40 < 120 < len(others)
+    path = tmp_path / "Song.json"
+    for other in complete:
+        path.write_text(json.dumps(other))
+        medians = scores.medians(scores.read_scores([path]))
+        assert set(medians) == set(stems) and all(set(values) == set(METRICS) for values in medians.values())
+    metrics = track["targets"][0]["frames"][0]["metrics"]
+    for value, is_score in ((float("nan"), True), (3, True), (None, False), ("3", False), (float("inf"), False)):
+        metrics["SDR"] = value
+        assert scores.is_complete(track, stems) == is_score
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{}", '{"settings": 3}', "[" * 100000, "{", '"x"'])
+def test_a_summary_that_is_none(root, pair, tmp_path, capsys, text):
+    shutil.copytree(pair, tmp_path / "eval")
+    (tmp_path / "eval" / "summary.json").write_text(text)
+    error = fails(capsys, root, tmp_path / "eval", *ACCOMPANIMENT)
+    assert "summary.json" in error and error.count("\n") == 1
+    assert (tmp_path / "eval" / "summary.json").read_text() == text
+
+
+def test_two_evaluations_into_one_folder(root, pair, tmp_path, capsys):
+    shutil.copytree(pair, tmp_path / "eval")
+    with files.claimed(tmp_path / "eval" / ".lock", "at it"):
+        error = fails(capsys, root, tmp_path / "eval", *ACCOMPANIMENT)
+    assert f"another process is evaluating into {tmp_path / 'eval'}: wait" in error and error.count("\n") == 1
+    run(root, tmp_path / "eval", *ACCOMPANIMENT)
+
+
+def test_a_picture_of_any_names_and_of_no_scores(tmp_path):
+    names = ["$\\frac$", "$", "\udcff", "ü\n"]
+    nothing = {name: dict.fromkeys(METRICS, float("nan")) for name in names}
+    scores.plot(tmp_path / "x.png", {"Song": nothing}, {"/".join(names): names}, "title")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_scores_are_written_whole_or_not_at_all(root, tmp_path, monkeypatch, capsys):
-    write = Path.write_text
+    write = os.pwrite
 
-    def full(path, text, *arguments, **options):
-        if path.parent.name == "test":
-            write(path, text[:100])
+    def full(number, data, place):
+        if Path(os.readlink(f"/proc/self/fd/{number}")).parent.name == "test":
+            write(number, data[:100], place)
             raise OSError(28, "No space left on device")
-        return write(path, text, *arguments, **options)
+        return write(number, data, place)
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "pwrite", full)
     error = fails(capsys, root, tmp_path / "eval", *ACCOMPANIMENT, status=1)
-    assert error.count("No space left") == len(NAMES)
+    assert all(f"{name}.json: No space left on device\n" in error for name in NAMES)
     assert not list((tmp_path / "eval" / "test").iterdir())
 
 
@@ -501,7 +634,7 @@ OPTIONS = {
     "residual": "rest",
     "segment": 50.0,
     "context": "cpu",
-    "device_id": "1",
+    "device_id": 1,
 }
 ELSEWHERE = {"aggregate", "threads", "plain"}  # reach the stems and the threads, see below
 
@@ -648,6 +781,9 @@ def test_stems_that_cannot_be_scored(arguments, message):
         (["--targets", "vocals"], "--residual"),
         (["--targets", "piano"], "no weights of the target 'piano'"),
         (["--cores", "0"], "0 is not at least 1"),
+        (["--threads", str(10**20)], "threads"),
+        (["--root", __file__], "no folder test/"),
+        (["--root", "~nobody/songs"], "no folder test/"),
         (["--aggregate", "{"], "--aggregate {"),
         (["--alpha", "2"], "alpha"),
         (["--subset", "all"], "invalid choice"),

@@ -287,9 +287,17 @@ def test_source_spectra_refuses_norberts_layout():
     [
         ({"v": np.ones((20, 9, 2, 4), complex)}, "complex128"),
         ({"x": np.ones((20, 9, 2))}, "float64"),
-        ({"iterations": -1}, "-1 iterations"),
+        ({"iterations": -1}, "iterations -1 is not"),
         ({"eps": -1e-3}, "eps -0.001"),
         ({"eps": np.nan}, "eps nan"),
+        ({"eps": np.inf}, "eps inf"),
+        ({"eps": "1"}, "eps '1'"),
+        ({"iterations": 10**20}, "iterations 1000"),
+        ({"iterations": 1.5}, "iterations 1.5"),
+        ({"iterations": None}, "iterations None"),
+        ({"v": np.ones((20, 9, 2, 4), object)}, "type object"),
+        ({"v": np.full((20, 9, 2, 4), "1")}, "type <U1"),
+        ({"v": None}, "v of shape"),
     ],
     ids=str,
 )
@@ -305,13 +313,28 @@ def test_other_errors(options, message):
         np.empty((4, 2, 20, 9), np.complex128),
         np.empty((5, 2, 20, 9), np.complex64),
         np.empty((4, 2, 9, 20), np.complex64).transpose(0, 1, 3, 2),
+        np.broadcast_to(np.complex64(0), (4, 2, 20, 9)),
+        [1],
     ],
-    ids=["type", "shape", "order"],
+    ids=["type", "shape", "order", "read-only", "list"],
 )
 def test_arrays_that_cannot_hold_the_result(out):
     v, x = spectra(dtype=np.complex64)
     with pytest.raises(ValueError, match="out of shape"):
         filtering.source_spectra(v.transpose(3, 0, 2, 1), x.transpose(2, 0, 1), out=out)
+
+
+def test_the_result_is_not_written_into_the_inputs():
+    x = np.ones((2, 20, 9), np.complex64)
+    v = np.ones((1, 20, 2, 9), np.float32)
+    with pytest.raises(ValueError, match="out shares memory"):
+        filtering.source_spectra(v, x, out=x[None])
+
+
+@pytest.mark.parametrize("alpha", [np.nan, -1, 10**20, "1", None, 2j])
+def test_exponents_that_cannot_be(alpha):
+    with pytest.raises(ValueError, match="alpha"):
+        filtering.residual_model(*spectra(), alpha)
 
 
 def test_examples_in_docstrings():

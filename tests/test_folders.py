@@ -186,6 +186,18 @@ def test_a_file_has_the_sizes_of_its_folder(tmp_path):
     "content, message",
     [
         ("[]", "not what a training writes"),
+        ("3", "not what a training writes"),
+        ("[" * 100_000, "cannot read"),
+        ("{" * 100_000, "cannot read"),
+        ('{"nhop": 64, "sample_rate": NaN}', "sample_rate nan"),
+        ('{"nhop": 1e999, "sample_rate": 8000}', "nhop inf"),
+        ('{"nhop": [64], "sample_rate": 8000}', "nhop"),
+        ('{"nhop": 1' + "0" * 4000 + ', "sample_rate": 8000}', "nhop 1000"),
+        ('{"nhop": 1' + "0" * 5000 + ', "sample_rate": 8000}', "cannot read"),
+        ('{"nhop": 64, "sample_rate": 8000, "targets": [3]}', "the target 3 cannot name a file"),
+        ('{"nhop": 64, "sample_rate": 8000, "targets": ["\\ud800"]}', "cannot name a file"),
+        ('{"nhop": 64, "sample_rate": 8000, "targets": [' + '"a",' * 10_000 + '"b"]}', "not a list of names"),
+        ("\0", "cannot read"),
         ("{}", "lacks nhop and sample_rate"),
         ('{"nhop": 64, "sample_rate": -1}', "sample_rate -1"),
         ('{"nhop": true, "sample_rate": 8000}', "nhop True"),
@@ -228,6 +240,15 @@ def test_targets_have_an_order_of_their_own(tmp_path):
     assert list(folders.find(tmp_path)[0]) == usual
     (tmp_path / "separator.json").write_text(json.dumps({"sample_rate": 8000, "nhop": 64, "targets": sorted(usual)}))
     assert list(folders.find(tmp_path)[0]) == usual
+
+
+def test_targets_that_a_caller_names():
+    assert folders.asked_for(None) is None
+    assert folders.asked_for("bass") == ["bass"] == folders.asked_for(("bass",))
+    for targets in ([], "", (), 3, b"bass", {"bass": 1}, [None], ["a\nb"], ["x" * 1000]):
+        with pytest.raises(UsageError, match="target") as error:
+            folders.asked_for(targets)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize("targets", [["a+b"], ["../a"], [".a"], [""], ["a/b"], ["a", "b", "a"]])

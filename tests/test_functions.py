@@ -536,7 +536,7 @@ def test_product_of_views():
             assert (out == 1).all()
     with pytest.raises(ValueError):
         kernels.products.matmul(a, b, np.empty((50, 80), np.float32))
-    with pytest.raises(TypeError, match="float64"):
+    with pytest.raises(ValueError, match="float64"):
         kernels.products.matmul(a[:, :60].astype(np.float64), b, np.empty((50, 80), np.float32))
 
 

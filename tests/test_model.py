@@ -153,7 +153,26 @@ def test_initial_values_have_the_range_of_the_reference():
         ({"max_bin": 0}, audio(), "max_bin 0"),
         ({"hidden_size": 7}, audio(), "odd"),
         ({"input_mean": np.zeros(5)}, audio(), "input_mean"),
+        ({"input_mean": np.full(33, np.nan)}, audio(), "input_mean"),
         ({"input_scale": np.zeros((33, 2))}, audio(), "input_scale"),
+        ({"input_scale": np.zeros(33)}, audio(), "input_scale"),
+        *(
+            ({name: value}, audio(), f"{name} ")
+            for name, values in {
+                "n_fft": (0, 1, 63, -64, 64.0, "64", True, None, 2**40),
+                "n_hop": (0, -1, 32.0, "32", 10**20),
+                "max_bin": (1.5, "20", True),
+                "hidden_size": (0, -2, 8.0, "8", 2**40),
+                "nb_layers": (0, -1, 3.0, "3", 10**9),
+                "nb_channels": (0, -1, 2.0, "2"),
+                "sample_rate": (0, -1, np.nan, np.inf, "44100", None),
+                "power": (-1, np.nan, np.inf, "1"),
+                "dropout": (-0.1, 1, 1.5, np.nan, "0.4"),
+                "unidirectional": ("no", 1, None),
+                "input_is_spectrogram": ("no", 1, None),
+            }.items()
+            for value in values
+        ),
         ({}, audio(nb_channels=1), "audio of shape"),
         ({}, audio(nb_timesteps=63), "too short"),
         ({}, audio()[0], "audio of shape"),
@@ -163,6 +182,39 @@ def test_initial_values_have_the_range_of_the_reference():
 def test_what_does_not_fit_raises(options, x, message):
     with pytest.raises(ValueError, match=message):
         run(x, **options)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda x: model.STFT(x, n_hop=0), "n_hop 0"),
+        (lambda x: model.STFT(x, n_fft=0), "n_fft 0"),
+        (lambda x: model.STFT(x, n_fft=64.0), "n_fft 64.0"),
+        (lambda x: model.STFT(x, n_fft=4096, n_hop=10**20), "n_hop"),
+        (lambda x: model.STFT(x[0], 64, 32), "audio of shape"),
+        (lambda x: model.STFT(x, n_fft=10**6), "too short"),
+        (lambda x: model.Spectrogram(*model.STFT(x, 64, 32), power=np.nan), "power nan"),
+        (lambda x: model.Spectrogram(*model.STFT(x, 64, 32), power="1"), "power '1'"),
+        (lambda x: model.Spectrogram(model.STFT(x, 64, 32)[0], model.STFT(x, 64, 16)[1]), "imaginary of"),
+        (lambda x: model.Spectrogram(x, x), r"expected \(N, C, F, T\)"),
+        (lambda x: model.JointOpenUnmix("bass"), "not a sequence of names"),
+        (lambda x: model.JointOpenUnmix([1, 2]), "not a sequence of names"),
+    ],
+)
+def test_arguments_that_cannot_be_raise(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(nn.Variable.from_numpy_array(audio()))
+
+
+@pytest.mark.parametrize("n_fft, n_hop", [(1, 1), (2, 1), (3, 1), (63, 20), (64, 100)])
+def test_any_window_and_hop_of_the_transform(n_fft, n_hop):
+    """Odd windows, and hops that leave gaps, are no model's, but the transform is what it should be."""
+    x = audio()
+    real, imag = model.STFT(nn.Variable.from_numpy_array(x), n_fft, n_hop)
+    nn.forward_all([real, imag])
+    frames = np.lib.stride_tricks.sliding_window_view(x, n_fft, axis=2)[:, :, ::n_hop] * np.hanning(n_fft + 1)[:-1]
+    expected = np.fft.rfft(frames).transpose(0, 1, 3, 2)
+    np.testing.assert_allclose(real.d + 1j * imag.d, expected, atol=1e-5 * max(1, np.abs(expected).max()))
 
 
 @pytest.mark.parametrize("plain", [False, True])

@@ -155,7 +155,7 @@ def test_several_targets_at_once(songs, tmp_path, elsewhere):
     options = ["--targets", "drums", "bass", "--epochs", "1", *network(elsewhere, "Gru")]
     run(songs, tmp_path / "a", *options)
     assert {path.name for path in (tmp_path / "a").glob("*.*")} == {
-        *(f"drums+bass.{ending}" for ending in ("h5", "json", "png", "checkpoint.npz")),
+        *(f"drums+bass.{ending}" for ending in ("h5", "json", "png", "checkpoint.npz", "checkpoint.before.npz")),
         "separator.json",
     }
     run(

@@ -1,7 +1,10 @@
 """Published models by name, from a server on this machine: small files in the place of the real ones."""
 
+import concurrent.futures
 import hashlib
 import http.server
+import os
+import resource
 import shutil
 import threading
 from types import SimpleNamespace
@@ -221,8 +224,48 @@ def test_a_bad_file_in_the_cache(server, tmp_path, capfd, kind):
 def test_a_cache_that_cannot_be_written(server, tmp_path, capfd):
     (tmp_path / "file").touch()
     status, error = run(tmp_path, capfd, "--model", "umx", "--model-dir", tmp_path / "file")
-    assert status == 2 and "cannot download" in error and error.count("\n") == 1
+    assert status == 2 and "cannot write to" in error and error.count("\n") == 1
     assert not server.requests
+
+
+def test_what_a_killed_download_leaves_the_next_one_removes(server):
+    folder = server.cache / "umx"
+    folder.mkdir(parents=True)
+    (folder / ".01234567.partial").write_bytes(b"half a file")
+    pretrained.fetch("umx")
+    assert {path.name for path in folder.iterdir()} == set(pretrained.MODELS["umx"].files.values())
+
+
+def test_two_downloads_at_once(server):
+    """Each gets a whole file, whoever comes first."""
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: pretrained.fetch("umx"), range(8)))
+    assert all(paths == found[0] for paths in found)
+    for path in found[0].values():
+        assert hashlib.sha256(path.read_bytes()).hexdigest().startswith(path.stem[-8:])
+    assert {path.name for path in (server.cache / "umx").iterdir()} == {path.name for path in found[0].values()}
+
+
+def test_a_full_disk(server, tmp_path, capfd):
+    """A failure while working: status 1, with the name of the file; nothing is left of it."""
+    size = resource.getrlimit(resource.RLIMIT_FSIZE)
+    soundfile.write(tmp_path / "song.wav", song().T, RATE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, size[1]))
+    try:
+        status, error = run(tmp_path, capfd, "--model", "umx")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, size)
+    assert status == 1 and error.count("\n") == 1
+    assert f"{server.cache / 'umx' / name_of('umx', 'vocals')}: File too large" in error
+    assert not list((server.cache / "umx").iterdir())
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+def test_no_file_in_the_cache(server, tmp_path, capfd, make):
+    (server.cache / "umx").mkdir(parents=True)
+    make(server.cache / "umx" / name_of("umx", "bass"))
+    status, error = run(tmp_path, capfd, "--model", "umx", "--targets", "bass")
+    assert status == 2 and "is damaged" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", TARGETS)

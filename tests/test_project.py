@@ -11,12 +11,14 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 LEVELS = (
-    {"args", "utils", "music", "kernels"},
-    {"context", "fast", "filtering", "data", "audio", "torch_files", "synthesize", "pretrained", "folders"},
-    {"functions", "solvers", "scores"},
-    {"model"},
+    {"args", "utils", "music", "kernels", "randomness", "frames"},
+    {"files", "containers", "ffmpeg_files"},
+    {"context", "fast", "filtering", "audio", "torch_files", "h5_files", "pretrained", "folders"},
+    {"functions", "solvers", "scores", "tracks", "stems", "synthesize"},
+    {"model", "data"},
     {"weights"},
     {"trained"},
+    {"checkpoint"},
     {"train", "separate"},
     {"evaluate", "demo"},
 )

@@ -199,7 +199,9 @@ def test_dropout_draws_anew_in_every_epoch_and_step(one_excerpt, tmp_path):
     losses = np.sort([*one, *second])
     assert np.diff(losses).min() > 1e-5 * losses[0], f"masks repeat themselves: {one}, {second}"
 
-    seeds = [run(one_excerpt, tmp_path / "seed", **still, samples_per_track=1, epochs=1, seed=seed) for seed in (1, 2)]
+    seeds = [
+        run(one_excerpt, tmp_path / str(seed), **still, samples_per_track=1, epochs=1, seed=seed) for seed in (1, 2)
+    ]
     assert seeds[0]["train_loss_history"] != seeds[1]["train_loss_history"]
 
 
@@ -257,6 +259,16 @@ def test_a_training_that_diverges_ends_and_keeps_what_it_had(one_excerpt, tmp_pa
     assert stop.value.code in (1, 2) and error.count("\n") == 1 and "--lr" in error
     assert not list(tmp_path.glob("nan/*.h5"))
     assert before == {name: (tmp_path / name).read_bytes() for name in before}
+
+
+def test_a_validation_loss_that_is_no_number_ends_a_training(one_excerpt, tmp_path, capsys, give):
+    """It is neither the best nor a bad epoch."""
+    give([1.0, float("nan")])
+    with pytest.raises(SystemExit) as stop:
+        run(one_excerpt, tmp_path, **{**TINY, "batch_size": 1}, samples_per_track=1, epochs=3)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and "the validation loss of epoch 2 is nan" in error and error.count("\n") == 1
+    assert json.loads((tmp_path / "bass.json").read_text())["epochs_trained"] == 1
 
 
 def test_a_model_for_another_rate_is_refused(root, tmp_path, capsys):

@@ -23,6 +23,7 @@ import audio
 import context
 import kernels.threads
 import separate
+import stems
 import trained
 import weights
 from args import TARGETS
@@ -187,6 +188,17 @@ def test_floats_of_any_precision(models):
         (np.array([[0, 1e30]]), RATE, "1e9"),
         (np.zeros((2, 9)), 0, "rate"),
         (np.zeros((2, 9)), float("nan"), "rate"),
+        (np.zeros((2, 9)), "44100", "rate"),
+        (np.zeros((2, 9)), None, "rate"),
+        (np.zeros((2, 9)), True, "rate"),
+        (np.zeros((2, 9)), 1e-9, "rate"),
+        (np.zeros((2, 9)), 1e12, "rate"),
+        (np.zeros((10**6, 9)), RATE, "1000000 channels"),
+        (np.zeros((2, 9), object), RATE, "object"),
+        (np.full((2, 9), 1e300), RATE, "not finite"),
+        ([[0.0], [0.0, 1.0]], RATE, "audio"),
+        ("audio", RATE, "expected floats"),
+        (None, RATE, "expected floats"),
     ],
 )
 def test_audio_that_is_none(models, audio, rate, message):
@@ -206,11 +218,51 @@ def test_audio_that_is_none(models, audio, rate, message):
         ({"residual": "bass"}, "one name"),
         ({"residual": "../bass"}, "names of files"),
         ({"context": "gpu"}, "choose cpu or cudnn"),
+        ({"niter": 1.5}, "niter"),
+        ({"niter": "1"}, "niter"),
+        ({"niter": True}, "niter"),
+        ({"niter": 10**20}, "niter"),
+        ({"wiener_win_len": 2.5}, "window"),
+        ({"wiener_win_len": "300"}, "window"),
+        ({"segment": float("nan")}, "overlaps"),
+        ({"segment": "480"}, "overlaps"),
+        ({"segment": None}, "overlaps"),
+        ({"overlap": float("inf")}, "overlaps"),
+        ({"alpha": float("nan"), "softmask": True}, "alpha"),
+        ({"alpha": 1e308, "softmask": True}, "alpha"),
+        ({"targets": 3}, "names"),
+        ({"targets": [b"bass"]}, "names"),
+        ({"targets": ["guitar"]}, "no target 'guitar'"),
+        ({"residual": 3}, "residual"),
+        ({"residual": ["rest"]}, "residual"),
+        ({"residual": "x" * 300}, "names of files"),
+        ({"residual": "\ud800"}, "names of files"),
     ],
 )
 def test_options_that_do_not_fit(models, options, message):
     with pytest.raises(UsageError, match=message):
         Separator(models, **{"context": "cpu", **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"segment": float("inf")}, {"segment": 1e308, "overlap": 1e307}, {"wiener_win_len": 10**4000}, {"targets": "bass"}]
+    + [{"niter": np.int64(1), "segment": np.float32(60)}, {"residual": os.fsdecode(b"\xff")}],
+    ids=str,
+)
+def test_options_that_are_only_odd(models, options):
+    audio = song(1000)
+    for stem in Separator(models, **{"context": "cpu", **options})(audio, RATE).values():
+        assert stem.shape == audio.shape
+
+
+def test_models_that_are_none(models):
+    other = trained.described(random_params(), ["speech"], N_HOP // 2, RATE)
+    for several in ([], None, "umxl", [None], [*models, other]):
+        with pytest.raises(UsageError, match="models"):
+            Separator(several, context="cpu")
+    with pytest.raises(UsageError, match="a name, a folder or a file"):
+        Separator.load(3)
 
 
 def test_a_hop_must_not_leave_gaps():
@@ -490,7 +542,7 @@ SPOILT = [
     ("separator.json", b'{"nhop": 64, "sample_rate": 8000, "targets": "bass"}', None, "list of names"),
     ("separator.json", b'{"nhop": 64, "sample_rate": 8000, "targets": ["guitar"]}', None, "'guitar'"),
     ("x", b"", ["*"], "no weights of the target '*'"),
-    ("x", b"", ["../x"], "no weights of the target '../x'"),
+    ("x", b"", ["../x"], "the target '../x' cannot name a file"),
 ]
 
 
@@ -624,18 +676,13 @@ def test_start_and_duration_each_alone(folder, recordings, tmp_path, extension):
         np.testing.assert_allclose(read(outdir)["song/bass.wav"], cut(first, last), atol=1e-6)
 
 
-def test_mp3_that_does_not_say_how_long_it_is(folder, recordings, tmp_path, monkeypatch):
+def test_mp3_that_does_not_say_how_long_it_is(folder, tmp_path):
     """libsndfile guesses from the first frame, wrongly if the rate varies."""
     soundfile.write(tmp_path / "loud first.wav", np.concatenate([song(40000), 0.001 * song(80000)], axis=1).T, 44100)
     ffmpeg(tmp_path / "loud first.wav", "-q:a", "4", "-write_xing", "0", tmp_path / "song.mp3")
     assert soundfile.info(tmp_path / "song.mp3").frames < 100000
     run(folder, tmp_path / "out", tmp_path / "song.mp3", "--targets", "bass")
     assert soundfile.info(tmp_path / "out/song/bass.wav").frames >= 120000
-    assert not audio._is_guessed(recordings / "song.mp3")
-    with open(recordings / "song.mp3", "rb") as stream:  # a tag with a picture
-        tagged = b"ID3\4\0\0\0\0\x7f\x7f" + bytes(0x3FFF) + stream.read()
-    (tmp_path / "tagged.mp3").write_bytes(tagged)
-    assert not audio._is_guessed(tmp_path / "tagged.mp3")
 
 
 def test_several_inputs_and_folders(folder, recordings, tmp_path, capsys):
@@ -707,7 +754,9 @@ def test_aggregate(folder, recordings, tmp_path):
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "{}", "3", '{"a": "bass"}', '{"a": []}', '{"a": ["guitar"]}', '{"a": [["bass"]]}', '{"../a": ["bass"]}']
-    + ['{"": ["bass"]}', '{"a": 3}', '{"a/b": ["bass"]}'],
+    + ['{"": ["bass"]}', '{"a": 3}', '{"a/b": ["bass"]}', '{"\\ud800": ["bass"]}', '{"a": {"bass": 1}}', "NaN"]
+    + [f'{{"{"x" * 300}": ["bass"]}}', "[" * 100000, '{"a": [null]}', '{".": ["bass"]}'],
+    ids=lambda text: text[:20],
 )
 def test_an_aggregate_that_is_none(folder, recordings, tmp_path, capsys, text):
     with pytest.raises(SystemExit) as stop:
@@ -826,6 +875,10 @@ def test_quiet(folder, tmp_path, capfd):
         (["--context", "cudnn"], "--context cudnn does not work here"),
         (["--unknown"], "unrecognized arguments"),
         (["--outdir", "{tmp}/text.wav/below"], "cannot write to the output folder"),
+        (["--niter", "1" + 20 * "0"], "more than 1000"),
+        (["--softmask", "--alpha", "1e308"], "more than 10"),
+        (["--residual", "x" * 300], "names of files"),
+        (["--residual", ".."], "names of files"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -886,7 +939,7 @@ BAD = {
     "cut flac": "damaged or truncated",
     "cut ogg": "is truncated",
     "cut mp3": "is truncated",
-    "cut m4a": "cannot decode",
+    "cut m4a": "is truncated",
 }
 
 
@@ -910,11 +963,79 @@ def test_a_bad_recording(folder, recordings, tmp_path, capfd, kind):
         assert not list(tmp_path.glob("new/*"))
 
 
+WRONG = {
+    "0.wav": "is not audio",
+    "65535.wav": "65535",
+    os.fsdecode(b"\xff.wav"): "is not audio",
+    "hls.mp3": "refers to other files",
+    "missing.wav": "there is no file",
+    "fast.wav": "sample rate",
+    "pipe.wav": "not a regular file",
+    "half.flac": "truncated",
+}
+
+
+@pytest.mark.parametrize(
+    "while_working", [None, OSError(28, "No space left on device"), RuntimeError("odd\nindeed"), MemoryError()]
+)
+def test_a_batch_goes_on(folder, recordings, tmp_path, capfd, monkeypatch, while_working):
+    """One line for each that is bad; the others are done; the status says whether it was the input's fault."""
+    whole = (recordings / "song.wav").read_bytes()
+    for name in WRONG:
+        (tmp_path / name).write_text("none at all")
+    for name, place, value in (
+        ("0.wav", 22, b"\0\0"),
+        ("65535.wav", 22, b"\xff\xff"),
+        ("fast.wav", 24, b"\0\xca\x9a\x3b"),
+    ):
+        (tmp_path / name).write_bytes(whole[:place] + value + whole[place + len(value) :])
+    (tmp_path / "hls.mp3").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2.0,\n/etc/passwd\n#EXT-X-ENDLIST\n")
+    (tmp_path / "half.flac").write_bytes((recordings / "song.flac").read_bytes()[:9000])
+    for name in ("missing.wav", "pipe.wav"):
+        (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / "pipe.wav")
+    for name in ("first.wav", "last.wav", "middle.wav"):
+        shutil.copy(recordings / "song.wav", tmp_path / name)
+    inputs = [tmp_path / name for name in ("first.wav", *WRONG, "middle.wav", "last.wav")]
+    if while_working:
+        write = audio.write
+
+        def fail(path, *arguments):
+            if "middle" in str(path):
+                raise while_working
+            write(path, *arguments)
+
+        monkeypatch.setattr(audio, "write", fail)
+    with pytest.raises(SystemExit) as stop:
+        run(folder, tmp_path / "out", *inputs, "--targets", "bass")
+    lines = capfd.readouterr().err.splitlines()
+    assert stop.value.code == (1 if while_working else 2)
+    assert len(lines) == len(WRONG) + bool(while_working)
+    for (name, message), line in zip(WRONG.items(), lines):
+        assert message in line and line.startswith("separate.py: ")
+        assert name in line or not name.isascii()
+    if while_working:
+        assert "middle" in lines[-1]
+    done = {"first", "last"} | ({"middle"} if not while_working else set())
+    assert {path.name for path in (tmp_path / "out").iterdir()} == done
+    assert set(read(tmp_path / "out")) == {f"{name}/bass.wav" for name in done}
+
+
+def test_what_flac_cannot_hold_is_told_before_the_work(folder, tmp_path, capsys, monkeypatch):
+    soundfile.write(tmp_path / "song.wav", song(1000, 9).T, RATE)
+    monkeypatch.setattr(Separator, "stream", None)
+    with pytest.raises(SystemExit) as stop:
+        run(folder, tmp_path / "out", tmp_path / "song.wav", "--ext", "flac")
+    assert stop.value.code == 2 and "FLAC cannot hold 9 channels" in capsys.readouterr().err
+
+
 def test_start_after_the_end(folder, recordings, tmp_path, capsys):
     for extension in ("wav", "mp3", "m4a"):
-        with pytest.raises(SystemExit) as stop:
-            run(folder, tmp_path, recordings / f"song.{extension}", "--start", "100")
-        assert stop.value.code == 2 and "has no samples after 100.0 s" in capsys.readouterr().err
+        for start in (100.0, 1e9):
+            with pytest.raises(SystemExit) as stop:
+                run(folder, tmp_path, recordings / f"song.{extension}", "--start", start)
+            assert stop.value.code == 2 and f"has no samples after {start} s" in capsys.readouterr().err
+        run(folder, tmp_path, recordings / f"song.{extension}", "--duration", "1e9")
 
 
 def test_without_ffmpeg(folder, recordings, tmp_path, capsys, monkeypatch):
@@ -942,6 +1063,77 @@ def test_stems_are_replaced_together_or_not_at_all(folder, recordings, tmp_path,
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert len(list(tmp_path.rglob("*"))) == 5
     assert capsys.readouterr().err.count("\n") == 1
+
+
+class Broken:
+    """A separator whose stem is no number at one moment."""
+
+    sources = targets = ["bass"]
+    softmask, sample_rate = False, RATE
+
+    def stream(self, read, nb_channels, nb_timesteps):
+        stem = np.stack([read(0, nb_timesteps)])
+        stem[0, 0, 10] = np.nan
+        yield 0, stem[:, :, :100]
+        yield 100, stem[:, :, 100:]
+
+
+@pytest.mark.parametrize("subtype", ["float", "16"])
+def test_stems_that_are_not_finite(recordings, tmp_path, subtype):
+    with pytest.raises(UsageError, match="the stems of .*song.wav are not finite"):
+        stems.write_stems(Broken(), recordings / "song.wav", tmp_path / "out", subtype=subtype)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stem_that_would_take_the_place_of_a_recording(folder, recordings, tmp_path, capsys):
+    (tmp_path / "bass").mkdir()
+    shutil.copy(recordings / "song.wav", tmp_path / "bass" / "bass.wav")
+    before = (tmp_path / "bass" / "bass.wav").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        run(folder, tmp_path, tmp_path / "bass" / "bass.wav")
+    assert stop.value.code == 2 and "would replace a recording" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="would replace a recording"):  # whoever calls it
+        stems.write_stems(Broken(), tmp_path / "bass" / "bass.wav", tmp_path / "bass")
+    assert (tmp_path / "bass" / "bass.wav").read_bytes() == before and len(list(tmp_path.rglob("*"))) == 2
+    (tmp_path / "link.wav").symlink_to(tmp_path / "bass" / "bass.wav")
+    with pytest.raises(UsageError, match="would replace a recording"):  # by another name
+        stems.check_places([(tmp_path / "link.wav", tmp_path / "bass")], ["bass"], "wav")
+    (tmp_path / "link").symlink_to(tmp_path / "bass")
+    songs = [(Path("a.wav"), tmp_path / "bass"), (Path("b.wav"), tmp_path / "link")]
+    with pytest.raises(UsageError, match="the stems of a.wav and of b.wav would go to the same folder"):
+        stems.check_places(songs, ["vocals"], "wav")
+
+
+@pytest.mark.parametrize(
+    "errors, status",
+    [
+        ([UsageError("damaged"), None], 2),
+        ([OSError(28, "No space left on device", "stem.wav"), None], 1),
+        ([None, UsageError("damaged"), RuntimeError("of a network")], 1),
+        ([None, None], None),
+    ],
+    ids=str,
+)
+def test_the_status_after_several_songs(folder, recordings, tmp_path, capsys, monkeypatch, errors, status):
+    """1 if anything has failed at its work, 2 if all that is wrong is wrong with the input; a line for each."""
+    for number in range(len(errors)):
+        shutil.copy(recordings / "song.wav", tmp_path / f"{number}.wav")
+    done = []
+
+    def write_stems(separator, path, *arguments):
+        done.append(path)
+        if (error := errors[int(path.stem)]) is not None:
+            raise error
+        return 1.0
+
+    monkeypatch.setattr(separate, "write_stems", write_stems)
+    found = None
+    try:
+        run(folder, tmp_path / "out", *(tmp_path / f"{number}.wav" for number in range(len(errors))))
+    except SystemExit as stop:
+        found = stop.code
+    assert found == status and len(done) == len(errors)
+    assert capsys.readouterr().err.count("\n") == sum(error is not None for error in errors)
 
 
 def test_the_script_itself(folder, recordings, tmp_path):

@@ -101,7 +101,7 @@ def test_names_never_repeat(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_call_leaves_whole_songs_and_is_taken_up(tmp_path, monkeypatch):
-    write, count = soundfile.write, []
+    write, count = synthesize.write, []
 
     def fail_in_the_second_song(path, *arguments, **options):
         count.append(path)
@@ -109,7 +109,7 @@ def test_an_interrupted_call_leaves_whole_songs_and_is_taken_up(tmp_path, monkey
             raise KeyboardInterrupt
         write(path, *arguments, **options)
 
-    monkeypatch.setattr(soundfile, "write", fail_in_the_second_song)
+    monkeypatch.setattr(synthesize, "write", fail_in_the_second_song)
     with pytest.raises(KeyboardInterrupt):
         synthesize.synthesize(tmp_path, 2, 0, 1, duration=2, quiet=True)
     (whole,) = (tmp_path / "train").iterdir()
@@ -120,7 +120,7 @@ def test_an_interrupted_call_leaves_whole_songs_and_is_taken_up(tmp_path, monkey
     folders = synthesize.synthesize(tmp_path, 2, 0, 1, duration=2, quiet=True)
     assert [len(list(folder.iterdir())) for folder in folders] == [5, 5, 5]
     assert (whole / "mixture.wav").stat().st_mtime_ns == kept, "a finished song is not written again"
-    assert not (tmp_path / ".partial").exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("change", [{"duration": 3}, {"seed": 1}, {"nb_train": 0}, {"nb_test": 1}])

@@ -1,14 +1,17 @@
 """The training script, run as a user runs it, on small songs and a tiny network."""
 
+import itertools
 import json
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from trainings import TINY, assert_same_state, differs, run, state, without_times
 
 import args
 import data
@@ -17,32 +20,6 @@ import pretrained
 import train
 import trained
 import weights
-
-TINY = ["--nfft", "1024", "--nhop", "512", "--hidden-size", "8", "--seq-dur", "0.3", "--batch-size", "4"]
-TINY += ["--samples-per-track", "3", "--is-wav", "--context", "cpu", "--quiet", "--target", "bass"]
-
-
-def run(songs, output, *options):
-    """Train; later options win over TINY's. Returns the log."""
-    train.main([*TINY, "--root", str(songs), "--output", str(output), "--epochs", "1", *map(str, options)])
-    target = options[options.index("--target") + 1] if "--target" in options else "bass"
-    return json.loads((output / f"{target}.json").read_text())
-
-
-def state(output):
-    with np.load(output / "bass.checkpoint.npz") as archive:
-        return {name: archive[name] for name in archive.files if name != "meta"}
-
-
-def assert_same_state(a, b):
-    a, b = state(a), state(b)
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-
-
-def differs(a, b):
-    return any(a[name].shape != b[name].shape or (a[name] != b[name]).any() for name in a)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +39,8 @@ def test_training_learns_and_writes_its_files(songs, tmp_path):
     assert log["epochs_trained"] == len(log["train_time_history"]) == 6
     assert log["versions"]["nnabla"] == "1.39.0"
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"bass.h5", "bass.json", "bass.png", "bass.checkpoint.npz", "separator.json", "monitor"}
+    checkpoints = {"bass.checkpoint.npz", "bass.checkpoint.before.npz"}
+    assert names == {"bass.h5", "bass.json", "bass.png", "separator.json", "monitor"} | checkpoints
     config = json.loads((tmp_path / "separator.json").read_text())
     assert config == {"nfft": 1024, "nhop": 512, "sample_rate": 44100, "nb_channels": 2, "targets": ["bass"]}
     series = (tmp_path / "monitor" / "bass" / "validation-loss.series.txt").read_text().split("\n")[:-1]
@@ -93,117 +71,6 @@ def test_several_targets_share_a_folder(songs, tmp_path):
         run(songs, tmp_path, "--target", "vocals", "--nfft", "512")
 
 
-# ------------------------------------------------------------------------------------ resuming
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(songs, tmp_path_factory):
-    output = tmp_path_factory.mktemp("uninterrupted")
-    return output, run(songs, output, "--epochs", "3")
-
-
-def without_times(log):
-    return {key: value for key, value in log.items() if key not in ("args", "train_time_history")}
-
-
-def test_a_resumed_run_equals_the_uninterrupted_one(songs, tmp_path, uninterrupted):
-    run(songs, tmp_path, "--epochs", "1")
-    log = run(songs, tmp_path, "--epochs", "3", "--checkpoint", tmp_path)
-    assert_same_state(tmp_path, uninterrupted[0])
-    assert without_times(log) == without_times(uninterrupted[1])
-    best, expected = weights.load(tmp_path / "bass.h5"), weights.load(uninterrupted[0] / "bass.h5")
-    assert not differs(best, expected)
-    series = Path("monitor/bass/training-loss.series.txt")
-    assert (tmp_path / series).read_text() == (uninterrupted[0] / series).read_text()
-
-
-def test_an_interruption_within_an_epoch_loses_only_that_epoch(songs, tmp_path, uninterrupted, monkeypatch):
-    whole, count = data.MusdbSource.item, iter(range(10**6))
-
-    def item(self, epoch, index):
-        if next(count) == 9 + 5:  # in the second epoch
-            raise KeyboardInterrupt
-        return whole(self, epoch, index)
-
-    monkeypatch.setattr(data.MusdbSource, "item", item)
-    with pytest.raises(SystemExit) as stop:
-        run(songs, tmp_path, "--epochs", "3")
-    assert stop.value.code == 130
-    monkeypatch.undo()
-    elsewhere = tmp_path / "elsewhere"
-    run(songs, elsewhere, "--epochs", "3", "--checkpoint", tmp_path / "bass.checkpoint.npz", "--nb-workers", "2")
-    assert_same_state(elsewhere, uninterrupted[0])
-
-
-def test_a_command_that_is_repeated_after_its_end_says_so(songs, tmp_path, uninterrupted, monkeypatch, capsys):
-    """Also if it was killed between the last checkpoint and the files that show it: they are made up for."""
-    write, calls = train.write_log, []
-
-    def interrupted(output, name, log):
-        calls.append(log["epochs_trained"])
-        if calls[-1] == 3:
-            raise KeyboardInterrupt
-        write(output, name, log)
-
-    monkeypatch.setattr(train, "write_log", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        run(songs, tmp_path, "--epochs", "3")
-    assert stop.value.code == 130 and calls == [1, 2, 3]
-    monkeypatch.undo()
-    (tmp_path / "bass.png").unlink()
-    for _ in range(2):
-        capsys.readouterr()
-        log = run(songs, tmp_path, "--epochs", "3", "--checkpoint", tmp_path)
-        assert "3 epochs: nothing is left to train" in capsys.readouterr().out
-        assert without_times(log) == without_times(uninterrupted[1])
-        assert_same_state(tmp_path, uninterrupted[0])
-        assert (tmp_path / "bass.png").exists()
-        series = Path("monitor/bass/validation-loss.series.txt")
-        assert (tmp_path / series).read_text() == (uninterrupted[0] / series).read_text()
-
-
-def test_early_stopping_is_an_end(songs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "validate", lambda model, source: 1.0)
-    options = ["--epochs", "9", "--patience", "2"]
-    assert run(songs, tmp_path, *options)["epochs_trained"] == 3
-    before = state(tmp_path)
-    assert run(songs, tmp_path, *options, "--checkpoint", tmp_path)["epochs_trained"] == 3
-    assert not differs(before, state(tmp_path))
-    assert "--patience decides" in capsys.readouterr().out
-    assert run(songs, tmp_path, "--epochs", "9", "--patience", "4", "--checkpoint", tmp_path)["epochs_trained"] == 5
-
-
-def test_resuming_brings_the_best_weights_whole_or_not_at_all(songs, tmp_path, uninterrupted, monkeypatch, capsys):
-    def full(source, destination):
-        Path(destination).write_bytes(Path(source).read_bytes()[:1000])
-        raise OSError(28, "No space left on device")
-
-    options = ["--epochs", "3", "--checkpoint", uninterrupted[0]]
-    monkeypatch.setattr(train.shutil, "copyfile", full)
-    with pytest.raises(SystemExit) as stop:
-        run(songs, tmp_path / "new", *options)
-    assert stop.value.code == 1 and not any(path.suffix == ".h5" for path in (tmp_path / "new").iterdir())
-    monkeypatch.undo()
-    run(songs, tmp_path / "new", *options)
-    assert (tmp_path / "new" / "bass.h5").read_bytes() == (uninterrupted[0] / "bass.h5").read_bytes()
-    assert json.loads((tmp_path / "new" / "separator.json").read_text())["targets"] == ["bass"]
-
-    # never over, nor beside, the weights of another training
-    run(songs, tmp_path / "other", "--seed", "43")
-    other = (tmp_path / "other" / "bass.h5").read_bytes()
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run(songs, tmp_path / "other", *options)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "is of another training" in error and error.count("\n") == 1
-    assert (tmp_path / "other" / "bass.h5").read_bytes() == other
-
-    (tmp_path / "other" / "bass.h5").unlink()
-    with pytest.raises(SystemExit) as stop:
-        run(songs, tmp_path / "newer", "--epochs", "4", "--checkpoint", tmp_path / "other")
-    assert stop.value.code == 2 and "the best weights so far" in capsys.readouterr().err
-
-
 def test_a_target_is_listed_when_it_has_weights(songs, tmp_path, monkeypatch):
     """An interruption in the first epoch of another target leaves the finished one's folder as it was."""
     run(songs, tmp_path)
@@ -212,7 +79,7 @@ def test_a_target_is_listed_when_it_has_weights(songs, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "train_epoch", interrupt)
+    monkeypatch.setattr(train, "train_step", interrupt)
     with pytest.raises(SystemExit):
         run(songs, tmp_path, "--target", "drums")
     assert (tmp_path / "separator.json").read_bytes() == before
@@ -227,7 +94,10 @@ def test_options_that_are_given_count_even_if_they_equal_the_default(songs, tmp_
         ([*again, "--lr", "0.001"], "--lr 0.001: "),
         ([*again, "--bandwidth", "16000"], "--bandwidth 16000: "),
         ([*again, "--target", "drums"], "cannot read the checkpoint"),
-        (["--checkpoint", tmp_path / "bass.checkpoint.npz", "--target", "drums"], "trains bass, not drums"),
+        (
+            ["--checkpoint", tmp_path / "bass.checkpoint.npz", "--epochs", "2", "--target", "drums"],
+            "trains bass, not drums",
+        ),
         (["--model", tmp_path, "--bandwidth", "16000"], "--bandwidth 16000: "),
         (["--model", tmp_path, "--nhop", "1024"], "--nhop 1024: "),
         (["--model", tmp_path, "--hidden-size", "512"], "--hidden-size 512: "),
@@ -243,34 +113,6 @@ def test_options_that_are_given_count_even_if_they_equal_the_default(songs, tmp_
     assert log["network"]["options"]["max_bin"] == 117 and log["args"]["bandwidth"] == 5000
 
 
-def test_random_numbers_of_another_scheme_are_not_continued(songs, tmp_path, capsys):
-    run(songs, tmp_path)
-    with np.load(tmp_path / "bass.checkpoint.npz") as archive:
-        arrays = dict(archive)
-    meta = json.loads(str(arrays["meta"]))
-    assert meta["log"]["randomness"] == data.RANDOMNESS > 1
-    del meta["log"]["randomness"]  # as trainings of the first scheme did
-    np.savez(tmp_path / "bass.checkpoint.npz", **{**arrays, "meta": np.array(json.dumps(meta))})
-    with pytest.raises(SystemExit) as stop:
-        run(songs, tmp_path, "--checkpoint", tmp_path, "--epochs", "2")
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "by scheme 1" in error and "--model" in error and error.count("\n") == 1
-
-
-def test_a_checkpoint_is_replaced_whole_or_kept(songs, tmp_path, monkeypatch):
-    run(songs, tmp_path)
-    before = (tmp_path / "bass.checkpoint.npz").read_bytes()
-
-    def full(stream, **arrays):
-        stream.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(np, "savez", full)
-    with pytest.raises(SystemExit) as stop:
-        run(songs, tmp_path, "--epochs", "2", "--checkpoint", tmp_path)
-    assert stop.value.code == 1 and (tmp_path / "bass.checkpoint.npz").read_bytes() == before
-
-
 # --------------------------------------------------------------------------- flags have effects
 
 # A run with these options, and what it must differ in from the base run.
@@ -283,7 +125,7 @@ WEIGHTS = {
     "lr": ["--lr", "0.01"],
     "weight_decay": ["--weight-decay", "0.1"],
     "seed": ["--seed", "43"],
-    "nfft": ["--nfft", "512"],
+    "nfft": ["--nfft", "512", "--nhop", "256"],
     "nhop": ["--nhop", "256"],
     "hidden_size": ["--hidden-size", "6"],
     "bandwidth": ["--bandwidth", "5000"],
@@ -294,11 +136,13 @@ WEIGHTS = {
 # Those whose effect is tested elsewhere in this file, by the test named, or cannot be.
 ELSEWHERE = {
     "help": "argparse's own",
-    "epochs": "test_a_resumed_run_equals_the_uninterrupted_one",
+    "epochs": "test_training_learns_and_writes_its_files",
     "root": "test_bad_input",
     "is_wav": "test_bad_input",
     "output": "every test",
-    "checkpoint": "test_a_resumed_run_equals_the_uninterrupted_one",
+    "checkpoint": "tests/test_checkpoint.py",
+    "checkpoint_every": "tests/test_checkpoint.py",
+    "overwrite": "tests/test_checkpoint.py",
     "model": "test_fine_tuning_starts_from_the_model",
     "context": "test_bad_input",
     "device_id": "cannot be tested without a GPU: it names one of several",
@@ -428,8 +272,33 @@ def test_quiet(songs, tmp_path, capsys):
     run(songs, tmp_path)
     assert capsys.readouterr().err == ""
     loud = [option for option in TINY if option != "--quiet"]
-    train.main([*loud, "--root", str(songs), "--output", str(tmp_path), "--epochs", "1"])
+    train.main([*loud, "--root", str(songs), "--output", str(tmp_path), "--epochs", "1", "--overwrite"])
     assert "Epochs: 100%" in capsys.readouterr().err
+
+
+def test_whole_tracks_of_any_length_need_few_graphs(songs, tmp_path, monkeypatch):
+    """Each length has a graph of its own, but few are kept."""
+    whole_track, lengths, graphs, most = (
+        data.MusdbSource.whole_track,
+        itertools.count(20000, 100),
+        weakref.WeakSet(),
+        [],
+    )
+
+    def shorter(self, track):
+        nb_timesteps = next(lengths)
+        return tuple(audio[..., :nb_timesteps] for audio in whole_track(self, track))
+
+    class Graph(train.Graph):
+        def __init__(self, *arguments, **options):
+            graphs.add(self)
+            most.append(len(graphs))
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(data.MusdbSource, "whole_track", shorter)
+    monkeypatch.setattr(train, "Graph", Graph)
+    run(songs, tmp_path, "--seq-dur", "0", "--batch-size", "1", "--samples-per-track", "3")
+    assert len(most) == 10 and max(most) <= 3
 
 
 def test_whole_tracks(songs, tmp_path, base):
@@ -449,6 +318,15 @@ def test_whole_tracks(songs, tmp_path, base):
         (["--seq-dur", "5"], "too short for --seq-dur"),
         (["--seq-dur", "0"], "use --batch-size 1"),
         (["--seq-dur", "0.001"], "shorter than one frame"),
+        (["--seq-dur", "1e-9"], "less than a sample"),
+        (["--nfft", "1"], "a window is even"),
+        (["--nfft", "1023"], "a window is even"),
+        (["--nhop", "513"], "at most half of it"),
+        (["--checkpoint", ""], "--checkpoint: '' is no name"),
+        (["--output", ""], "--output: '' is no name"),
+        (["--model", ""], "--model: '' is no name"),
+        (["--root", ""], "--root: '' is no name"),
+        (["--target", ".."], "cannot name a file"),
         (["--nfft", "1000000"], "shorter than one frame"),
         (["--hidden-size", "7"], "odd"),
         (["--output", "{tmp}/file/below"], "cannot write to the output folder"),
@@ -497,3 +375,14 @@ def test_the_script_itself_fails_without_a_traceback(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(train.__file__).parent)
     assert result.returncode == 2
     assert "has no folder train/" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_network_without_the_memory_for_it_is_one_line(songs, tmp_path):
+    """However NNabla, NumPy or our kernels say so."""
+    script = "import resource, train; resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32)); train.main()"
+    options = ["--root", str(songs), "--output", str(tmp_path / "o"), "--hidden-size", "20000"]
+    result = subprocess.run(
+        [sys.executable, "-c", script, *TINY, *options], capture_output=True, text=True, cwd=Path(train.__file__).parent
+    )
+    assert result.returncode == 1 and "not enough memory" in result.stderr.splitlines()[-1], result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,42 +1,20 @@
 import json
 import os
+import random
+import shutil
 import signal
+import subprocess
+import sys
+import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import utils
 
-
-def test_atomic_path_keeps_the_old_file_on_failure(tmp_path):
-    path = tmp_path / "value.json"
-    utils.write_json(path, 1)
-    with pytest.raises(RuntimeError), utils.atomic_path(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert json.loads(path.read_text()) == 1
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_atomic_path_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """Else a machine that loses power right after may find the name, and nothing under it."""
-    events, sync, replace = [], os.fsync, os.replace
-
-    def fsync(number):
-        events.append(("on the disk", os.fstat(number).st_ino, os.fstat(number).st_size))
-        sync(number)
-
-    def rename(source, target):
-        events.append(("renamed", os.stat(source).st_ino, os.stat(source).st_size))
-        replace(source, target)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "replace", rename)
-    utils.write_json(tmp_path / "value.json", "x" * 5000)
-    file = (tmp_path / "value.json").stat()
-    place = events.index(("renamed", file.st_ino, file.st_size))
-    assert ("on the disk", file.st_ino, file.st_size) in events[:place]
+ROOT = Path(utils.__file__).parent
 
 
 @pytest.mark.parametrize(
@@ -72,6 +50,263 @@ def test_an_interruption_that_nnabla_disguises(capsys):
 
     with pytest.raises(RuntimeError):  # with its traceback: that is for us
         broken([])
+
+
+# ------------------------------------------------------------------------- commands in processes of their own
+
+
+SCRIPTS = ("train.py", "separate.py", "evaluate.py", "weights.py", "data.py", "synthesize.py", "demo.py")
+
+
+def run(lines, *arguments, **options):
+    """Run the lines of a script, `main`'s below the usual head; returns the finished process."""
+    lines = f"import os, signal, sys, time, utils\nutils.start()\n{textwrap.dedent(lines)}\nmain()\n"
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.run([sys.executable, "-c", lines, *arguments], cwd=ROOT, timeout=30, **options)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_signal_while_a_script_imports(script, number, tmp_path):
+    """One line and a status, whichever import it meets."""
+    rng = random.Random(f"{script} {number}")
+    ends = []
+    for _ in range(3):
+        child = subprocess.Popen(
+            [sys.executable, ROOT / script, "--help"], stdout=-3, stderr=subprocess.PIPE, text=True
+        )
+        status = Path(f"/proc/{child.pid}/status")
+        while status.exists() and child.poll() is None:  # until Python has its handlers, which takes a few ms
+            caught = int(status.read_text().partition("SigCgt:")[2].split()[0], 16)
+            if caught >> (signal.SIGTERM - 1) & 1:
+                break
+        time.sleep(rng.uniform(0, 0.12))
+        child.send_signal(number)
+        errors = child.communicate(timeout=30)[1]
+        ends.append(child.returncode)
+        name = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[number]
+        # without a line: Python has ended, and taken its handlers back
+        assert (child.returncode, errors) in [(128 + number, f"{script}: {name}\n"), (0, ""), (-number, "")]
+    assert 128 + number in ends
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_a_command_works(number):
+    result = run(f"""
+        @utils.command
+        def main(argv=None):
+            os.kill(os.getpid(), {number.value})
+            time.sleep(20)
+    """)
+    assert result.returncode == 128 + number and result.stderr.count(b"\n") == 1
+
+
+def test_signals_that_are_ignored_stay_ignored():
+    """nohup does it, and a shell's & with SIGINT."""
+    result = run(
+        """
+        @utils.command
+        def main(argv=None):
+            for number in (signal.SIGINT, signal.SIGHUP):
+                os.kill(os.getpid(), number)
+            print("still there")
+        """,
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)],
+    )
+    assert result.returncode == 0 and result.stdout == b"still there\n"
+
+
+@pytest.mark.parametrize(
+    "swallow",
+    [
+        "Finalizer()",
+        "weakref.ref(Object(), lambda _: interrupted())",
+        "ctypes.CFUNCTYPE(None)(interrupted)()",
+        "[None for _ in [0] if suppressed()]",
+    ],
+)
+def test_an_interruption_that_python_swallows(swallow):
+    """In a finalizer or a callback no exception can be raised: Python reports it, and would go on for ever."""
+    result = run(f"""
+        import contextlib, ctypes, weakref
+
+        def interrupted():
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(1000):
+                pass
+
+        def suppressed():
+            with contextlib.suppress(BaseException):
+                interrupted()
+
+        class Finalizer:
+            def __del__(self):
+                interrupted()
+
+        class Object:
+            pass
+
+        @utils.command
+        def main(argv=None):
+            {swallow}
+            if "suppressed" not in {swallow!r}:  # of that nothing is known before the end
+                time.sleep(20)
+                print("nothing has happened")
+    """)
+    assert (result.returncode, result.stdout, result.stderr) == (143, b"", b"-c: terminated\n")
+
+
+@pytest.mark.parametrize("error, status", [("OSError(28, 'No space left', 'file')", 1), ("RuntimeError('a bug')", 0)])
+def test_an_error_that_python_swallows(error, status):
+    """What a finalizer could not write is lost: the command has failed. A bug has its traceback: that is for us."""
+    result = run(f"""
+        class Finalizer:
+            def __del__(self):
+                raise {error}
+
+        @utils.command
+        def main(argv=None):
+            Finalizer()
+    """)
+    assert result.returncode == status
+    assert result.stderr == b"-c: file: No space left\n" if status else b"a bug" in result.stderr
+
+
+@pytest.mark.parametrize("error", ["utils.UsageError('bad')", "OSError('bad')", "RuntimeError('bad')", "SystemExit(2)"])
+def test_what_becomes_of_an_interruption_on_its_way(error):
+    result = run(f"""
+        @utils.command
+        def main(argv=None):
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(20)
+            except KeyboardInterrupt:
+                raise {error}
+    """)
+    assert (result.returncode, result.stderr) == (143, b"-c: terminated\n")
+
+
+def test_a_postponed_signal():
+    """The first one is told to who asks, the second one interrupts, and in other threads nothing changes."""
+    lines = """
+        import threading
+
+        @utils.command
+        def main(argv=None):
+            def in_a_thread():
+                with utils.postponed(), utils.uninterrupted():
+                    started.set()
+                    time.sleep(0.1)
+            started = threading.Event()
+            thread = threading.Thread(target=in_a_thread)
+            thread.start()
+            started.wait()
+            with utils.postponed() as ending:
+                thread.join()
+                assert not ending()
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.05)
+                with utils.uninterrupted():
+                    pass
+                assert ending()
+                print("finished a step", flush=True)
+                if len(sys.argv) > 1:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(20)
+                raise KeyboardInterrupt("terminated: the same command continues")
+    """
+    result = run(lines)
+    assert result.returncode == 143 and result.stdout == b"finished a step\n"
+    assert result.stderr == b"-c: terminated: the same command continues\n"
+    result = run(lines, "twice")
+    assert result.returncode == 130 and result.stderr == b"-c: interrupted\n"
+
+
+def test_what_is_uninterrupted():
+    result = run("""
+        @utils.command
+        def main(argv=None):
+            with utils.uninterrupted():
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.05)
+                print("not half done", flush=True)
+            print("but no more")
+    """)
+    assert (result.returncode, result.stdout, result.stderr) == (143, b"not half done\n", b"-c: terminated\n")
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_closed_standard_streams(closed, tmp_path):
+    """A file that is opened then must not become the place of messages."""
+
+    def close():
+        for number in closed:
+            os.close(number)
+
+    result = run(
+        f"""
+        @utils.command
+        def main(argv=None):
+            with open({str(tmp_path / "value")!r}, "w") as stream:
+                os.write(2, b"of a library\\n")
+                os.system("echo to stdout; echo to stderr >&2")
+                print("printed")
+                stream.write("content")
+            raise utils.UsageError("bad input")
+        """,
+        preexec_fn=close,
+    )
+    assert result.returncode == 2 and (tmp_path / "value").read_text() == "content"
+    if 2 not in closed:
+        assert result.stderr.endswith(b"-c: bad input\n")
+
+
+@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}])
+def test_names_of_files_on_a_terminal_that_knows_only_ascii(environment):
+    result = run(
+        """
+        @utils.command
+        def main(argv=None):
+            print(sys.argv[1])
+            raise utils.UsageError(f"there is no {sys.argv[1]}")
+        """,
+        "Grüße \udcff".encode("utf-8", "surrogateescape"),
+        env={**os.environ, **environment},
+    )
+    assert result.returncode == 2 and result.stdout.startswith(b"Gr") and b"Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_standard_stream_that_takes_nothing(stream):
+    with open("/dev/full", "wb") as full:
+        result = run(
+            """
+            @utils.command
+            def main(argv=None):
+                print("a result")
+                if sys.argv[1] == "stderr":
+                    raise utils.UsageError("bad input")
+            """,
+            stream,
+            env={**os.environ, "PYTHONUNBUFFERED": ""},
+            **{stream: full},
+        )
+    if stream == "stdout":  # what nobody can read is not done
+        assert result.returncode == 1 and b"No space left" in result.stderr and result.stderr.count(b"\n") == 1
+    else:
+        assert result.returncode == 2
+
+
+def test_no_memory():
+    result = run("""
+        @utils.command
+        def main(argv=None):
+            bytearray(2**60)
+    """)
+    assert (result.returncode, result.stderr) == (1, b"-c: not enough memory\n")
+
+
+# ------------------------------------------------------------------------------------------ training
 
 
 def test_max_bin_of_the_published_models():
@@ -110,27 +345,24 @@ def test_plateau_resumes_from_its_state():
     assert head + [second.step(loss) for loss in losses[30:]] == expected
 
 
-def test_folder_that_cannot_be_written_is_a_usage_error(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(utils.UsageError, match="cannot write"):
-        utils.writable_folder(tmp_path / "file" / "below")
+def test_the_commit_of_an_edited_tree_is_marked(tmp_path):
+    """With git itself, on a copy: what a log says of the code that made it."""
 
+    def git(*arguments):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        return subprocess.run(["git", *identity, *arguments], cwd=tmp_path, capture_output=True, check=True, text=True)
 
-@pytest.mark.skipif(not os.path.isdir("/proc"), reason="this system has no folder that not even root can write to")
-def test_a_folder_without_room_for_files_is_a_usage_error():
-    with pytest.raises(utils.UsageError, match="cannot write to the output folder /proc"):
-        utils.writable_folder("/proc")
+    def commit():
+        script = "import utils; print(utils.run_metadata()['commit'])"
+        result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+        return result.stdout.strip()
 
-
-@pytest.mark.parametrize("content", [None, "", "{", "\xff"])
-def test_a_file_that_is_not_json_is_a_usage_error(tmp_path, content):
-    path = tmp_path / "value.json"
-    if content is not None:
-        path.write_bytes(content.encode("latin-1"))
-    with pytest.raises(utils.UsageError, match="cannot read .*value.json"):
-        utils.read_json(path)
-
-
-@pytest.mark.parametrize("name", ["", ".", "..", "/", "a/b", "../a", "a/", "a\0b"])
-def test_names_of_other_places(name):
-    assert utils.is_file_name("..a") and utils.is_file_name("a.b") and not utils.is_file_name(name)
+    shutil.copy(utils.__file__, tmp_path)
+    assert commit() == "None"
+    git("init", "-q")
+    git("add", "utils.py")
+    git("commit", "-q", "-m", "one")
+    head = git("rev-parse", "HEAD").stdout.strip()
+    assert head.startswith(commit()) and len(commit()) >= 7
+    (tmp_path / "utils.py").write_text((tmp_path / "utils.py").read_text() + "\n# edited\n")
+    assert commit().endswith("-dirty") and head.startswith(commit().removesuffix("-dirty"))

@@ -2,12 +2,18 @@
 
 import builtins
 import collections
+import errno
 import io
 import json
 import os
 import pickle
 import random
+import resource
+import struct
+import subprocess
+import sys
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -20,6 +26,8 @@ import shapes
 import args
 import model
 import torch_files
+import trained
+import utils
 import weights
 
 DATA = Path(__file__).parent / "data"
@@ -407,8 +415,9 @@ def test_archives_that_claim_more_than_they_hold(tmp_path):
         file.create_dataset("input_mean", (4,), np.float32, external=[(str(DATA / PTH[0]), 0, 16)])
     with h5py.File(tmp_path / "text.h5", "w") as file:
         file["input_mean"] = "text"
-    more, other = "more than the file holds", "not an array of numbers"
-    for name, reason in {"bomb.pth": more, "bomb.h5": more, "other.h5": other, "text.h5": other}.items():
+    more, other = "more than the file holds", "holds more than NNabla's"
+    reasons = {"bomb.pth": more, "bomb.h5": more, "other.h5": other, "text.h5": "not an array of numbers"}
+    for name, reason in reasons.items():
         with pytest.raises(ValueError, match=f"{name}: .*{reason}"):
             weights.load(tmp_path / name)
 
@@ -464,6 +473,359 @@ def test_other_files(tmp_path):
         weights.load(tmp_path / "missing.pth")
     with pytest.raises(ValueError, match=r"\.h5 or \.pth"):
         weights.save(tmp_path / "weights.bin", random_params())
+
+
+# ------------------------------------------------------------------------------------- checksums
+
+DESCRIPTION = {"class": "OpenUnmix", "targets": ["bass"], "nb_channels": 2, "n_fft": 32, "n_hop": 8}
+DESCRIPTION["options"] = {key: SIZES[key] for key in ("hidden_size", "nb_layers", "max_bin", "unidirectional")}
+DESCRIPTION.update(sample_rate=8000, statistics={"input_mean": np.arange(17, dtype=np.float32)})
+
+
+def assert_same_file(found, wanted):
+    """Weights and description, as `weights.read` returns them."""
+    assert_same(found[0], wanted[0])
+    assert list(found[0]) == list(wanted[0])
+    statistics, expected = (description.get("statistics", {}) for _, description in (found, wanted))
+    assert {**found[1], "statistics": 0} == {**wanted[1], "statistics": 0}
+    assert_same(statistics, expected)
+
+
+def test_a_flipped_bit_is_named_or_harmless(tmp_path):
+    path, rng = tmp_path / "bass.h5", random.Random(0)
+    weights.save(
+        path,
+        random_params(hidden_size=2, nb_bins=3, max_bin=2, nb_layers=1),
+        {**DESCRIPTION, "n_fft": 4, "statistics": {"input_mean": np.ones(3, np.float32)}},
+    )
+    wanted, content = weights.read(path), path.read_bytes()
+    assert wanted[1]["n_fft"] == 4
+    refused = 0
+    for bit in rng.sample(range(8 * len(content)), 400):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            found = weights.read(path)
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+        else:
+            assert_same_file(found, wanted)
+    assert refused > 50
+
+
+CHANGES = {  # with h5py, carefully
+    "a value": lambda file: file["fc1/affine/W"].__setitem__((0, 0), 1),
+    "another order": lambda file: file["fc1/affine/W"].attrs.__setitem__("index", 99),
+    "what is learnt": lambda file: file["fc1/bn/mean"].attrs.__setitem__("need_grad", True),
+    "a name": lambda file: file.move("fc1/affine/W", "fc1/affine/V"),
+    "a type": lambda file: (
+        data := file["input_mean"][()],
+        file.__delitem__("input_mean"),
+        file.create_dataset("input_mean", data=data.astype("f8")),
+    ),
+    "one more": lambda file: file.create_dataset("more", data=np.ones(1, np.float32)),
+    "one less": lambda file: file.__delitem__("input_mean"),
+    "the description": lambda file: file.attrs.__setitem__(
+        "network", json.dumps({**DESCRIPTION, "n_hop": 9, "statistics": []})
+    ),
+    "no description": lambda file: file.attrs.__delitem__("network"),
+    "statistics": lambda file: file.attrs.__setitem__("input_mean", np.ones(17, np.float32)),
+    "the checksum": lambda file: file.attrs.__setitem__("checksum", "0" * 64),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_changed_is_refused(change, tmp_path):
+    path = tmp_path / "bass.h5"
+    weights.save(path, random_params(), DESCRIPTION)
+    assert weights.read(path)[1]["n_hop"] == 8
+    with h5py.File(path, "r+") as file:
+        CHANGES[change](file)
+    with pytest.raises(ValueError, match=f"^{path}: it is damaged: its contents do not match its checksum$"):
+        weights.load(path)
+
+
+def test_files_without_a_checksum(tmp_path):
+    """Those of nn.save_parameters, and ours of before."""
+    path, params = tmp_path / "bass.h5", random_params()
+    weights.save(path, params, DESCRIPTION)
+    with h5py.File(path, "r+") as file:
+        del file.attrs["checksum"]
+        file["input_mean"][0] = params["input_mean"][0] = 7
+    found, description = weights.read(path)
+    assert_same(found, params)
+    assert_same(description["statistics"], DESCRIPTION["statistics"])
+
+
+def test_the_checksum_is_that_of_the_contents(tmp_path):
+    """Not of how a file holds them: the same weights have the same."""
+    sums = []
+    for name, params in (("a", random_params(0)), ("b", random_params(0)), ("c", random_params(1))):
+        weights.save(tmp_path / f"{name}.h5", params, DESCRIPTION)
+        with h5py.File(tmp_path / f"{name}.h5") as file:
+            sums.append(file.attrs["checksum"])
+    assert sums[0] == sums[1] != sums[2]
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+
+
+@pytest.mark.parametrize("extension", [".h5", ".pth"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite(extension, value, tmp_path, capsys):
+    """Refused wherever they are read, in a line."""
+    params = random_params()
+    params["fc2/bn/beta"][0, 0, 1] = value
+    path = tmp_path / f"bass{extension}"
+    weights.save(path, params)
+    with pytest.raises(ValueError, match=f"^{path}: these weights are not finite: fc2/bn/beta$"):
+        weights.load(path)
+    with pytest.raises(utils.UsageError, match="not finite: fc2/bn/beta"):
+        trained.load_models(path)
+    status, error = run(capsys, path, tmp_path / "converted.h5")
+    assert status == 2 and "not finite: fc2/bn/beta" in error and error.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+# ---------------------------------------------------------------------------------- hostile files
+
+
+def sparse(path, signature, size=10**11):
+    with open(path, "wb") as stream:
+        stream.write(signature)
+        stream.truncate(size)
+
+
+def nested(path):
+    with h5py.File(path, "w") as file:
+        group = file
+        for _ in range(1500):
+            group = group.create_group("g")
+        group["input_mean"] = np.ones(3, np.float32)
+
+
+def doubled(path):
+    """Each of 40 groups holds the next one twice: 2**40 names."""
+    with h5py.File(path, "w") as file:
+        group = file
+        for _ in range(25):
+            below = group.create_group("a")
+            group["b"] = below
+            group = below
+        group["input_mean"] = np.ones(3, np.float32)
+
+
+def many(path):
+    with h5py.File(path, "w") as file:
+        for k in range(15_000):
+            file.create_group(str(k))
+
+
+def one_by_many_names(path):
+    with h5py.File(path, "w") as file:
+        file["0"] = np.zeros(10**6, np.float32)
+        for k in range(1, 300):
+            file[str(k)] = file["0"]
+
+
+def newer(path):
+    with h5py.File(path, "w", libver="latest") as file:
+        file["input_mean"] = np.ones(3, np.float32)
+
+
+def shared_text(path):
+    """An attribute of many texts, all of them the same megabyte of the file."""
+    with h5py.File(path, "w") as file:
+        file.attrs.create("network", ["x" * 2**16] * 2000, dtype=h5py.string_dtype())
+        file["input_mean"] = np.ones(3, np.float32)
+
+
+def dataset(**options):
+    def make(path):
+        with h5py.File(path, "w") as file:
+            file.create_dataset("input_mean", dtype="f4", **options)
+
+    return make
+
+
+def linked(link):
+    def make(path):
+        with h5py.File(path, "w") as file:
+            file["input_mean"] = link
+
+    return make
+
+
+def records(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", b"}.")
+        for k in range(20_000):
+            archive.writestr(f"a/data/{k}", b"")
+
+
+def zip64(path):
+    """An archive that says of its directory that it has 2**60 bytes."""
+    content = as_file(b"}.", "zip")
+    end = content[-22:]
+    more = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, 2**60, 2**60, 2**60, 0)
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, len(content) - 22, 1)
+    path.write_bytes(content[:-22] + more + locator + end[:8] + b"\xff" * 12 + end[20:])
+
+
+def pickled(content, form):
+    return lambda path: path.write_bytes(as_file(content, form))
+
+
+def directory(path):
+    path.mkdir()
+
+
+LARGE = {
+    "a pipe": (os.mkfifo, "not a regular file"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+    "a folder": (directory, "Is a directory"),
+    "zeros": (lambda path: sparse(path, b""), "neither NNabla's"),
+    "a sparse h5": (lambda path: sparse(path, b"\x89HDF\r\n\x1a\n"), "more than a network has"),
+    "a sparse zip": (lambda path: sparse(path, b"PK\3\4"), "more than a network has"),
+    "a sparse pickle": (lambda path: sparse(path, b"\x80\x02"), "more than a network has"),
+    "a smaller sparse pickle": (lambda path: sparse(path, b"\x80\x02", 10**9), "refused"),
+    "nested groups": (nested, "within each other"),
+    "names without end": (doubled, "more arrays and groups"),
+    "many groups": (many, "more arrays and groups"),
+    "one array by many names": (one_by_many_names, "more than the file holds"),
+    "shared text": (shared_text, "its description of the network is damaged"),
+    "chunks": (dataset(shape=(10,), maxshape=(None,), chunks=(2**28,)), "not an array of numbers"),
+    "compressed": (dataset(data=np.zeros(10**6), compression="gzip"), "holds more than NNabla's"),
+    "a newer format": (newer, "its HDF5 format is newer than that of NNabla's"),
+    "a soft link": (linked(h5py.SoftLink("/other")), "input_mean is a link"),
+    "an external link": (linked(h5py.ExternalLink("/etc/passwd", "/")), "holds more than NNabla's"),
+    "marks": (pickled(b"\x80\x02" + b"(" * 5_000_000, "zip"), "more than a few tensors"),
+    "marks, legacy": (pickled(b"\x80\x02" + b"(" * 5_000_000, "raw"), "more than a few tensors"),
+    "dicts": (pickled(b"\x80\x02" + b"}" * 5_000_000, "zip"), "more than a few tensors"),
+    "memo": (pickled(b"\x80\x04}" + b"\x94" * 5_000_000, "zip"), "more than a few tensors"),
+    "a long text": (pickled(b"\x80\x02X\xff\xff\xff\x7f", "raw"), "damaged|more than"),
+    "records": (records, "more than a few tensors"),
+    "zip64": (zip64, "damaged"),
+}
+
+
+@pytest.mark.parametrize("attack", LARGE)
+def test_files_that_would_take_long_or_fill_the_memory(attack, tmp_path):
+    make, message = LARGE[attack]
+    path = tmp_path / "bass.h5"
+    make(path)
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        weights.load(path)
+    assert time.process_time() - start < 3
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 1200
+
+
+BAD = {  # what a description says instead
+    "no dict": [1],
+    "a class": {"class": ["OpenUnmix"]},
+    "options": {"options": []},
+    "no targets": {"targets": []},
+    "too many targets": {"targets": [f"t{k}" for k in range(1000)]},
+    "a number for a target": {"targets": [3]},
+    "half a character": {"targets": ["\ud800"]},
+    "a truth for a size": {"nb_channels": True},
+    "half a hop": {"n_hop": 0.5},
+    "a rate of nan": {"sample_rate": float("nan")},
+    "a rate of text": {"sample_rate": "44100"},
+    "statistics that are not there": {"statistics": ["input_scale"]},
+    "statistics of another size": {"n_fft": 64},
+    "statistics of numbers": {"statistics": [[1]]},
+    "hidden_size": {"options": {**DESCRIPTION["options"], "hidden_size": 10**9}},
+    "n_fft": {"n_fft": 2**30, "statistics": []},
+    "nb_channels": {"nb_channels": 2**30},
+    "nb_layers": {"options": {**DESCRIPTION["options"], "nb_layers": -1}},
+    "many layers": {"options": {**DESCRIPTION["options"], "nb_layers": 10**9}},
+    "max_bin": {"options": {**DESCRIPTION["options"], "max_bin": 0}},
+    "dropout": {"options": {**DESCRIPTION["options"], "dropout": "x"}},
+    "an unknown option": {"options": {**DESCRIPTION["options"], "size": 3}},
+    "a joint network": {"class": "JointOpenUnmix"},
+    "text": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_descriptions_that_lie(what, tmp_path):
+    path, start = tmp_path / "bass.h5", time.process_time()
+    weights.save(path, random_params(), DESCRIPTION)
+    bad = BAD[what]
+    with h5py.File(path, "r+") as file:
+        whole = json.loads(file.attrs["network"])
+        text = bad if isinstance(bad, str) else json.dumps({**whole, **bad} if isinstance(bad, dict) else bad)
+        file.attrs["network"] = text
+        del file.attrs["checksum"]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(utils.UsageError) as caught:
+        trained.load_models(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
+    assert time.process_time() - start < 3
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        {"model": None},
+        {"model": 3},
+        {"model": b"x"},
+        {"model": ["a"]},
+        {"model": ""},
+        {"model": "a\0b"},
+        {"model": "~nobody/x"},
+        {"targets": []},
+        {"targets": ""},
+        {"targets": [3]},
+        {"targets": 3},
+        {"targets": {"bass": 1}},
+        {"targets": "tuba"},
+        {"targets": ["bass", "bass"]},
+        {"model_dir": 3},
+    ],
+    ids=str,
+)
+def test_arguments_that_cannot_be(what, tmp_path):
+    weights.save(tmp_path / "bass.h5", random_params(), DESCRIPTION)
+    with pytest.raises(utils.UsageError) as caught:
+        trained.load_models(**{"model": tmp_path / "bass.h5", **what})
+    assert "\n" not in str(caught.value)
+    if "model" not in what:
+        with pytest.raises(utils.UsageError):
+            trained.umx_spec(**what)
+
+
+# ----------------------------------------------------------------------------------- a full disk
+
+
+@pytest.mark.parametrize("extension", [".h5", ".pth"])
+def test_a_disk_that_fills_at_any_moment(extension, tmp_path):
+    """The error is told, and what was there stays; no library sees it, and dies of it."""
+    path, params = tmp_path / f"bass{extension}", random_params()
+    weights.save(path, params)
+    good = path.read_bytes()
+    child = """
+import resource, sys
+import numpy as np
+import weights
+params = weights.load(sys.argv[1])
+for size in range(0, int(sys.argv[2]), int(sys.argv[2]) // 60):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    try:
+        weights.save(sys.argv[1], params, None)
+        print("saved")
+    except OSError as error:
+        print(error.errno, error.filename == sys.argv[1])
+"""
+    command = [sys.executable, "-c", child, str(path), str(len(good))]
+    result = subprocess.run(command, cwd=Path(weights.__file__).parent, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert set(result.stdout.split("\n")) == {f"{errno.EFBIG} True", ""}
+    assert path.read_bytes() == good and [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 # --------------------------------------------------------------------------------- command line
@@ -535,6 +897,10 @@ def spoil(folder, name, content):
         ),
         ("separator.json", b'{"targets": 3}', "not a list of names"),
         ("separator.json", b"[]", "separator.json"),
+        ("separator.json", b"[" * 100_000, "cannot read"),
+        ("bass.json", b"[" * 100_000, "cannot read"),
+        ("bass.json", b"[]", "bass.json is not what a training writes"),
+        ("bass.json", b'{"args": {"hidden_size": [4]}}', "hidden_size [4]"),
         ("bass.json", b'{"args": {"hidden_size": 512}}', "hidden_size 512"),
         ("bass.json", b'{"args": 3}', "bass.json"),
         ("vocals-fedcba98.pth", b"", "several files of the target 'vocals'"),
@@ -549,6 +915,55 @@ def test_convert_a_spoilt_folder(name, content, message, torch_folder, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["openunmix"]
 
 
+def test_what_a_killed_conversion_leaves_the_next_one_removes(torch_folder, tmp_path, capsys):
+    """Killed where each of its files gets its name: nothing is there but what is not yet whole."""
+    child = """
+import os, sys
+import weights
+left, replace = int(sys.argv[3]), os.replace
+def count(*paths):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), 9)
+    replace(*paths)
+os.replace = count
+weights.convert_folder(sys.argv[1], sys.argv[2])
+"""
+    ours, killed = tmp_path / "new" / "ours", 0
+    for number in (0, 2, 4):
+        command = [sys.executable, "-c", child, str(torch_folder), str(ours), str(number)]
+        status = subprocess.run(command, cwd=Path(weights.__file__).parent, capture_output=True).returncode
+        assert status == -9 and len(list(ours.parent.iterdir())) == 1 and not ours.exists()
+        killed += 1
+    ours.mkdir()  # an empty folder may be there already
+    assert run(capsys, torch_folder, ours) == (0, "")
+    assert [path.name for path in ours.parent.iterdir()] == ["ours"] and killed == 3
+    assert sorted(path.name for path in ours.iterdir()) == sorted(
+        ["bass.h5", "bass.json", "separator.json", "vocals.h5", "vocals.json"]
+    )
+    status, error = run(capsys, torch_folder, ours)
+    assert status == 2 and "not an empty folder" in error
+    (tmp_path / ".01234567.partial").touch()
+    assert run(capsys, ours / "bass.h5", tmp_path / "bass.pth") == (0, "")
+    assert not (tmp_path / ".01234567.partial").exists()
+
+
+def test_convert_into_a_folder_that_cannot_be_written(torch_folder, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for command, message in (
+        ((torch_folder, tmp_path / "file" / "new"), "cannot write to the output folder"),
+        ((torch_folder / "bass.pth", tmp_path / "file" / "new.h5"), "there is no folder"),
+        ((torch_folder / "bass.pth", tmp_path / "nowhere" / "new.h5"), "there is no folder"),
+        ((torch_folder / "bass.pth", Path("/proc/new.h5")), "cannot write to the output folder /proc"),
+        ((torch_folder, Path("/proc/new")), "cannot write to the output folder /proc"),
+        ((torch_folder / "bass.pth", "~nobody-of-that-name/new.h5"), "there is no folder"),
+    ):
+        status, error = run(capsys, *command)
+        assert status == 2 and message in error and error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "openunmix"]
+
+
 def test_convert_refuses(torch_folder, tmp_path, capsys):
     full = tmp_path / "full"
     full.mkdir()
@@ -561,6 +976,7 @@ def test_convert_refuses(torch_folder, tmp_path, capsys):
         ((torch_folder, full), "not an empty folder"),
         ((tmp_path / "empty", tmp_path / "new"), "neither .h5 nor .pth"),
         ((tmp_path / "missing.pth", tmp_path / "new.h5"), "does not exist"),
+        (("/dev/null", tmp_path / "new.h5"), "/dev/null is neither a file nor a folder"),
         ((DATA / PTH[0], tmp_path / "new.bin"), ".h5 or .pth"),
         ((DATA / PTH[0], tmp_path / "new.h5", "--to", "h5"), "--to"),
         ((tmp_path / "foreign.h5", tmp_path / "new.pth"), "foreign.h5: these weights do not fit: unknown conv/W"),

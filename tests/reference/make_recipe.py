@@ -4,7 +4,7 @@
 
 Runs in the environment of make_cases.py, besides ffmpeg. The loop is that of the reference's scripts/train.py, in
 double precision: what the reference means, rather than how it rounds. Its dataset class draws the excerpts, but with
-the random numbers that our data.py would draw, so that a new data.RANDOMNESS needs new files. A file holds the
+the random numbers that our data.py would draw, so that a new randomness.SCHEME needs new files. A file holds the
 options, the initial weights (of one LSTM layer: torch's dropout, which is between layers, cannot be had from ours),
 losses and learning rates of each epoch, and the weights of the best one. With --live, longer songs, larger networks.
 """
@@ -19,13 +19,13 @@ from unittest import mock
 import numpy as np
 import torch
 
-sys.path.append(str(Path(__file__).parents[2]))  # of our own modules, only utils.py
+sys.path.append(str(Path(__file__).parents[2]))  # of our own modules, only randomness.py
 
 from make_cases import arrays, make_used, statistics
 from openunmix import data, model, transforms, utils
 from songs import RATE, write_songs
 
-import utils as ours
+import randomness
 
 COMMON = {"batch_size": 4, "samples_per_track": 3, "seed": 5, "epochs": 3, "lr": 2e-3}
 # Decay pulls input_mean with a force of its own: without, its gradient is rounding noise, of which Adam makes steps.
@@ -41,7 +41,7 @@ LIVE_TIMES = 6  # as long as the golden songs
 
 
 class Excerpts:
-    """The reference's training data, for an epoch of ours; draws as data.py does: see utils.STREAMS."""
+    """The reference's training data, for an epoch of ours; draws as data.py does: see randomness.STREAMS."""
 
     def __init__(self, root, seed, target, seq_dur, samples_per_track, source_augmentations):
         self.seed, self.augmentations = seed, source_augmentations
@@ -63,7 +63,7 @@ class Excerpts:
 
     def choice(self, tracks):
         self.key["source"] = next(self.sources)
-        self.draw = ours.random_stream("draw", **self.key)
+        self.draw = randomness.random_stream("draw", **self.key)
         return tracks[self.draw.integers(len(tracks))]
 
     def uniform(self, start, stop):
@@ -71,7 +71,7 @@ class Excerpts:
 
     def augment(self, audio):
         for name in self.augmentations:
-            number = torch.tensor([ours.random_stream("augmentation", **self.key, name=name).random()])
+            number = torch.tensor([randomness.random_stream("augmentation", **self.key, name=name).random()])
             with (
                 mock.patch.object(torch, "rand", lambda _, number=number: number),
                 mock.patch.object(torch.Tensor, "uniform_", lambda _, number=number: number),
@@ -80,7 +80,7 @@ class Excerpts:
         return audio
 
     def epoch(self, epoch, batch_size):
-        order = ours.random_stream("order", seed=self.seed, epoch=epoch).permutation(len(self.dataset))
+        order = randomness.random_stream("order", seed=self.seed, epoch=epoch).permutation(len(self.dataset))
         for start in range(0, len(order), batch_size):
             items = [self.item(epoch, index) for index in order[start : start + batch_size]]
             yield [torch.stack(audio) for audio in zip(*items)]
