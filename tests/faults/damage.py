@@ -223,7 +223,9 @@ def case(use, damage, name, seed, pristine, expected) -> Case:
     if outcome.status == 1:
         return Case(kind, "failed")
     if outcome.status:
-        changed = common.difference({key: value for key, value in after.items() if not key.endswith("/")}, before)
+        # folders aside: one that holds nothing may be new, or have lost what was damaged
+        kept, was = ({key: value for key, value in found.items() if key[-1] != "/"} for found in (after, before))
+        changed = common.difference(kept, was)
         return Case(kind, "BAD change", f"{what}: {changed}; {outcome.errors!r}") if changed else Case(kind, "refused")
     if wrong := common.difference(
         after, {key: value for key, value in expected.items() if key in after or key != name}
