@@ -12,12 +12,12 @@ import disk
 import pytest
 
 FOLDER = Path(__file__).parent
-SHORT = {
-    "kill.py": ["--runs", "4", "--only", "train"],
-    "disk.py": ["--runs", "8"],
-    "damage.py": ["--runs", "40"],
+SHORT = {  # with the same seeds each time: to find more is for the long runs
+    "kill.py": ["--runs", "4", "--only", "train", "--seed", "1"],
+    "disk.py": ["--runs", "8", "--seed", "1"],
+    "damage.py": ["--runs", "40", "--seed", "1"],
     "media.py": ["relative.ffconcat", "pipe.m3u8", "hls.mp3", "alias.m4a", "concat:", "frame%"],
-    "fuzz.py": ["--seconds", "8"],
+    "fuzz.py": ["--seconds", "8", "--seed", "1"],
 }
 
 
