@@ -123,7 +123,11 @@ def case(job, folder, seed):
             break
     for repetition in range(2):  # the second one finds all done
         outcome = common.run(job.script, [*job.arguments, *again], folder)
-        differs = common.difference(common.contents(folder), job.expected)
+        found, expected = common.contents(folder), dict(job.expected)
+        if number == signal.SIGTERM and job.name == "train, between epochs":
+            # a signal saves a checkpoint within an epoch: the one before the last is that one then
+            found.pop("out/bass.checkpoint.before.npz", None), expected.pop("out/bass.checkpoint.before.npz", None)
+        differs = common.difference(found, expected)
         if problem := outcome.problem(0):
             if outcome.status == 2 and not differs and job.name == "weights, folder":  # which it never overwrites
                 break
