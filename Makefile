@@ -12,7 +12,7 @@ help:
 	@echo "make mutants    put faults into copies of the project: do the tests notice them? (16 minutes; mutants-quick: 3)"
 	@echo "make faults     kill commands, fill disks, damage files, craft media, fuzz all that reads (two hours)"
 	@echo "make compare    train, separate and score with both, into docs/comparison.md (50 minutes)"
-	@echo "make bench      speed and memory against torch and native NNabla, into docs/performance.md (10 minutes)"
+	@echo "make bench      speed and memory against torch and native NNabla, into docs/performance.md and data.md (30 minutes)"
 	@echo "make setup      only the environment, in .venv"
 
 setup: .venv/installed
@@ -42,7 +42,7 @@ lint: setup
 
 demo: setup demo/songs
 	$(PYTHON) train.py --context cpu --target bass --root demo/songs --is-wav --output demo/model \
-	  --hidden-size 128 --seq-dur 3 --batch-size 8 --samples-per-track 40 --epochs 12 --nb-workers 1
+	  --hidden-size 128 --seq-dur 3 --batch-size 8 --samples-per-track 40 --epochs 12
 	$(PYTHON) demo.py --songs demo/songs --model demo/model --outdir demo
 
 demo/songs:
@@ -85,6 +85,7 @@ compare: setup .venv-reference/installed
 
 bench: setup .venv-reference/installed
 	$(PYTHON) benchmarks/bench.py
+	$(PYTHON) benchmarks/reading.py
 
 clean:
 	rm -rf .venv .venv-reference build demo

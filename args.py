@@ -42,8 +42,12 @@ class Parser(argparse.ArgumentParser):
     def accepts(self, name: str, value: Any) -> bool:
         """Whether `value` is what an option that takes one, or a list of them, can have."""
         action = next(action for action in self._actions if action.dest == name)
+        if value is None or action.nargs == 0:  # a flag
+            return type(value) is type(action.default)
         if action.nargs is not None:
             return isinstance(value, list) and all(isinstance(item, action.type or str) for item in value)
+        if action.type is None:
+            return value in action.choices if action.choices else type(value) is str
         try:
             parsed = action.type(str(value))
         except (ValueError, argparse.ArgumentTypeError):
@@ -101,6 +105,65 @@ def add_musdb_options(parser: Parser) -> argparse._ArgumentGroup:
     return group
 
 
+DATASETS = ("musdb", "manifest", "aligned", "sourcefolder", "trackfolder_var", "trackfolder_fix")
+
+
+def add_data_options(parser: Parser, augmentations: Iterable[str] = ()) -> None:
+    """What is trained on; data.py says which of these each dataset has, and which it needs."""
+    group = parser.add_argument_group("dataset (docs/training.md: what a folder looks like)")
+    group.add_argument("--dataset", choices=DATASETS, default="musdb", help="what --root, or --manifest, is")
+    group.add_argument("--root", type=path, help="folder with train/; of musdb, default: its 7 s excerpts, downloaded")
+    group.add_argument("--is-wav", action="store_true", help="musdb: tracks are folders of WAV files, not .stem.mp4")
+    group.add_argument("--manifest", type=path, metavar="CSV", help="song,stem,path[,start,duration,split]")
+    group.add_argument("--input-file", metavar="NAME", help="aligned: the mixture in each folder")
+    group.add_argument("--output-file", metavar="NAME", help="aligned: the target in each folder, and its name")
+    group.add_argument("--target-file", metavar="NAME", help="trackfolder_*: the target in each folder, and its name")
+    group.add_argument("--interferer-files", nargs="+", metavar="NAME", help="trackfolder_fix: the other sources")
+    group.add_argument("--target-dir", metavar="NAME", help="sourcefolder: the target's folder, and its name")
+    group.add_argument("--interferer-dirs", nargs="+", metavar="NAME", help="sourcefolder: the others' folders")
+    group.add_argument("--ext", default=".wav", help="sourcefolder, trackfolder_var: how names of sources end")
+    group.add_argument(
+        "--random-track-mix", action="store_true", help="trackfolder_fix: each interferer of a song of its own"
+    )
+    group.add_argument(
+        "--random-interferer-mix", action="store_true", help="trackfolder_var: interferers of another song"
+    )
+    group.add_argument(
+        "--silence-missing", action="store_true", help="trackfolder_var, manifest: what a song lacks is silent there"
+    )
+    group.add_argument(
+        "--valid-share", type=number(float, 0, True, upper=0.9), default=0.1, help="of songs, if nothing else tells"
+    )
+    group.add_argument("--valid-seed", type=COUNT, default=42, help="by which these are chosen")
+    group.add_argument("--sample-rate", type=POSITIVE, help="in Hz; files of others are resampled, once")
+    group.add_argument("--cache", type=path, help="folder of what is decoded or resampled; default: the user's caches")
+
+    group = parser.add_argument_group("excerpts")
+    group.add_argument(
+        "--seq-dur", type=number(float, -(10**9)), default=6.0, help="seconds per excerpt; <= 0: whole tracks"
+    )
+    group.add_argument(
+        "--samples-per-track",
+        type=number(int, 1, upper=10**6),
+        default=64,
+        help="musdb, manifest: excerpts per track and epoch",
+    )
+    group.add_argument("--nb-train-samples", type=POSITIVE, default=1000, help="sourcefolder: excerpts per epoch")
+    group.add_argument("--nb-valid-samples", type=POSITIVE, default=100, help="sourcefolder: those that validate")
+    group.add_argument(
+        "--source-augmentations",
+        nargs="*",
+        default=["gain", "channelswap"],
+        metavar="NAME",
+        help=f"{', '.join(augmentations)}: of each source of a training mixture; none if empty, or for folders",
+    )
+    group.add_argument(
+        "--nb-workers",
+        type=number(int, 0, upper=NB_THREADS),
+        help="threads that prepare batches ahead; default: what keeps the device busy, 1 for a CPU, up to 4 for a GPU",
+    )
+
+
 def train_parser(augmentations: Iterable[str] = ()) -> Parser:
     """Options of train.py; --help names the `augmentations` there are, data.py checks those that are asked for."""
     parser = Parser(prog="train.py", description="Train Open-Unmix for one target.")
@@ -128,23 +191,7 @@ def train_parser(augmentations: Iterable[str] = ()) -> Parser:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_context_options(parser)
 
-    data = add_musdb_options(parser)
-    data.add_argument(
-        "--seq-dur", type=number(float, -(10**9)), default=6.0, help="seconds per excerpt; <= 0: whole tracks"
-    )
-    data.add_argument(
-        "--samples-per-track", type=number(int, 1, upper=10**6), default=64, help="excerpts per track and epoch"
-    )
-    data.add_argument(
-        "--source-augmentations",
-        nargs="*",
-        default=["gain", "channelswap"],
-        metavar="NAME",
-        help=f"{' or '.join(augmentations)}: applied to each source of a training mixture; none if empty",
-    )
-    data.add_argument(
-        "--nb-workers", type=number(int, 0, upper=NB_THREADS), default=0, help="threads that prepare batches ahead"
-    )
+    add_data_options(parser, augmentations)
 
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=POSITIVE, default=1000, help="number of epochs")
@@ -171,12 +218,17 @@ def train_parser(augmentations: Iterable[str] = ()) -> Parser:
     return parser
 
 
-def data_parser() -> Parser:
+def data_parser(augmentations: Iterable[str] = ()) -> Parser:
     parser = Parser(prog="data.py", description="Check that a dataset is complete and readable.")
-    parser.add_argument("--target", default="vocals", help="source, or accompaniment, linear_mixture")
+    targets = parser.add_mutually_exclusive_group()
+    targets.add_argument("--target", default="vocals", help="source to learn, or accompaniment, linear_mixture")
+    targets.add_argument("--targets", nargs="+", help="several at once")
+    parser.add_argument("--nb-channels", type=int, choices=(1, 2), default=2, help="of the model")
+    parser.add_argument("--batch-size", type=POSITIVE, default=16, help="excerpts per batch")
+    parser.add_argument("--seed", type=number(int, 0, upper=2**64), default=42, help="of what is drawn")
+    parser.add_argument("--page", type=path, metavar="PNG", help="draw the spectrograms and levels of a batch")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    group = add_musdb_options(parser)
-    group.add_argument("--seq-dur", type=number(float, 0, True), default=6.0, help="seconds per excerpt")
+    add_data_options(parser, augmentations)
     return parser
 
 

@@ -40,6 +40,25 @@ RECIPE = (
     "weight_decay",
     "seed",
 )
+# Those that say what it is trained on; one that an earlier version did not have has its default.
+DATASET = (
+    "dataset",
+    "input_file",
+    "output_file",
+    "target_file",
+    "interferer_files",
+    "target_dir",
+    "interferer_dirs",
+    "ext",
+    "random_track_mix",
+    "random_interferer_mix",
+    "silence_missing",
+    "valid_share",
+    "valid_seed",
+    "sample_rate",
+    "nb_train_samples",
+    "nb_valid_samples",
+)
 LARGEST = 2**33  # bytes; 700 million parameters with two moments each
 
 
@@ -229,7 +248,9 @@ def _checked(path, arrays, meta):
         )
     _check(meta, STATE, "meta")
     log, network, parser = meta["log"], meta["log"]["network"], train_parser()
-    for name in RECIPE:
+    for name in DATASET:
+        log["args"].setdefault(name, parser.get_default(name))
+    for name in RECIPE + DATASET:
         if not parser.accepts(name, log["args"][name]):
             raise ValueError(f"its {name} is {log['args'][name]!r}")
     if not network["targets"]:

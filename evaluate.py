@@ -40,9 +40,9 @@ import files
 import kernels.threads
 from args import evaluate_parser
 from audio import write
+from datasets.musdb18 import Track, database, open_tracks
 from scores import FOUR, MODE, PAIR, Labels, is_complete, summarize, without_nan
 from separate import Separator, checked_aggregate
-from tracks import Track, database, open_track
 from utils import UsageError
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class Scorer:
     def score(self, track: musdb.MultiTrack) -> dict:
         import museval
 
-        song = open_track(track, self.sources, self.is_wav)
+        (song,) = open_tracks([track], self.sources, self.is_wav)
         truth = {
             stem: sum(song.read(song.sources[source], dtype="float64").T for source in sorted(sources))
             for stem, sources in self.stems.items()
@@ -246,6 +246,7 @@ def _start(arguments):
 
     global _scorer
     threading.Thread(target=end_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own is one between processes, which those that are killed leave behind
     try:
         with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):  # the parent said it
             _scorer = set_up(**arguments)

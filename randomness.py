@@ -18,6 +18,8 @@ STREAMS = {
     "order": ("seed", "epoch"),
     "draw": ("seed", "epoch", "index", "source"),
     "augmentation": ("seed", "epoch", "index", "source", "name"),
+    "remix": ("seed", "epoch", "source"),
+    "validation song": ("seed", "song"),
 }
 
 

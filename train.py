@@ -10,6 +10,7 @@ from __future__ import annotations  # unions, on Python 3.9
 import contextlib
 import functools
 import io
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -77,7 +78,7 @@ def train_step(graph: Graph, x: np.ndarray, y: np.ndarray, solver) -> float:
 
 
 def validate(model: Model, tracks: Iterable) -> float:
-    """Mean of the losses of whole tracks, pairs of mixture and target."""
+    """Mean of the losses of a validation set, pairs of mixture and target."""
     losses = utils.AverageMeter()
     for x, y in tracks:
         graph = Graph(model, (1,) + x.shape, test=True)  # tracks differ in length: a graph each, freed at once
@@ -227,9 +228,9 @@ def write_log(output: Path, name: str, log: dict) -> None:
 
 @utils.command
 def main(argv=None):
-    options, given = train_parser(data.AUGMENTATIONS).parse(argv)
+    options, given = train_parser([*data.AUGMENTATIONS, data.REMIX]).parse(argv)
     args, quiet = vars(options), options.quiet
-    args["targets"] = targets = args["targets"] or [args["target"]]
+    args["targets"] = targets = data.choose_targets(args, given)
     folders.check_targets(targets)
     args["target"] = name = folders.name_of(targets)
     if args["network"] and (own := sorted(given & set(NETWORK))):
@@ -246,7 +247,8 @@ def main(argv=None):
     if args["checkpoint"]:
         resumed = checkpoint.load(args["checkpoint"], name)
         log, origin = resumed.state["log"], resumed.path
-        adopt(args, given, {key: log["args"][key] for key in checkpoint.RECIPE}, origin)
+        adopt(args, given, {key: log["args"][key] for key in checkpoint.RECIPE + checkpoint.DATASET}, origin)
+        data.choose_targets(args, given)  # once more, of the dataset of the beginning
     seed_nnabla("initial weights", seed=args["seed"])
     if resumed:
         model = continued_model(resumed, targets if given & {"target", "targets"} else None, network)
@@ -267,24 +269,17 @@ def main(argv=None):
     seq_dur = args["seq_dur"] if args["seq_dur"] > 0 else None
     if seq_dur is None and args["batch_size"] != 1:
         raise UsageError("--seq-dur 0 trains on whole tracks, which differ in length: use --batch-size 1")
-    musdb = {"target": targets, "root": args["root"], "is_wav": args["is_wav"], "quiet": quiet}
-    train_source = data.MusdbSource(
-        **musdb,
-        split="train",
-        seq_dur=seq_dur,
-        samples_per_track=args["samples_per_track"],
-        augmentations=args["source_augmentations"],
-        seed=args["seed"],
-    )
-    valid_source = data.MusdbSource(**musdb, split="valid")
+    names = ("dataset", "seed", "nb_channels", "quiet", *data.OPTIONS)
+    train_source, valid_source = data.load(targets=targets, **{name: args[name] for name in names})
+    for note in train_source.notes + valid_source.notes:
+        print(note, file=sys.stderr)
     rate, nb_channels = train_source.sample_rate, train_source.nb_channels
-    lengths = [track.nb_timesteps for track in train_source.tracks + valid_source.tracks]
-    if min([*lengths, *([] if seq_dur is None else [train_source.nb_timesteps])]) < args["nfft"]:
+    if min(train_source.shortest(), valid_source.shortest()) < args["nfft"]:
         raise UsageError(f"a track, or --seq-dur {seq_dur}, is shorter than one frame of --nfft {args['nfft']} samples")
     if model and model.sample_rate != rate:
         raise UsageError(f"{origin} is for {model.sample_rate} Hz, the tracks have {rate} Hz")
-    if args["nb_channels"] == 2 and nb_channels != 2:
-        raise UsageError(f"the tracks have {nb_channels} channel(s): use --nb-channels 1")
+    if args["nb_workers"] is None:
+        args["nb_workers"] = data.default_workers(not device.backend[0].startswith("cpu"))
     iterator = data.DataIterator(train_source, args["batch_size"], args["nb_workers"])
 
     # model and solver
@@ -292,7 +287,7 @@ def main(argv=None):
         description, cls = describe(args, targets, network, rate)
         statistics = None
         if trained.arguments(cls)[0] & set(trained.STATISTICS):
-            values = data.statistics(train_source.tracks, args["nfft"], args["nhop"], quiet)
+            values = data.statistics(train_source.mixtures(), args["nfft"], args["nhop"], quiet)
             statistics = dict(zip(trained.STATISTICS, values))
         try:
             model = Model(description, cls, statistics=statistics)
@@ -362,8 +357,8 @@ def main(argv=None):
                 progress.update(steps=progress["steps"] + 1, loss=progress["loss"] + loss, seconds=time.time() - start)
 
             seed_nnabla("dropout", seed=args["seed"], epoch=epoch, step=progress["steps"])
-            tracks = map(valid_source.whole_track, valid_source.tracks)
-            train_loss, valid_loss = progress["loss"] / progress["steps"], validate(model, keeper.between(tracks))
+            train_loss = progress["loss"] / progress["steps"]
+            valid_loss = validate(model, keeper.between(valid_source.items()))
             if not np.isfinite(valid_loss):
                 raise OSError(f"the validation loss of epoch {epoch} is {valid_loss}: try a smaller --lr")
 

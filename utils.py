@@ -82,6 +82,7 @@ def command(main: Callable) -> Callable:
     """
 
     @functools.wraps(main)
+    @_hearing()
     def wrapper(argv=None):
         status, message, asked = 1, "", ""
         try:
@@ -154,14 +155,24 @@ def _interruptible():
             raise KeyboardInterrupt
 
     _Ending.signal = _Ending.unseen = None
-    before, hook = _handle(interrupt), sys.unraisablehook
-    sys.unraisablehook = _unraisable
+    before = _handle(interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _hearing():
+    """`_unraisable` is asked, until the last frame of an interruption is gone."""
+    hook = sys.unraisablehook
+    if _is_main_thread():
+        sys.unraisablehook = _unraisable
     try:
         yield
     finally:
         sys.unraisablehook = hook
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _unraisable(unraisable):
@@ -179,7 +190,7 @@ def _unraisable(unraisable):
         at_the_end.set()
     elif isinstance(unraisable.exc_value, OSError):
         _Ending.unseen = unraisable.exc_value
-    else:
+    elif _Ending.signal is None:  # else of an object whose making was interrupted
         sys.__unraisablehook__(unraisable)
 
 

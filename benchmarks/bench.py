@@ -71,7 +71,7 @@ second. With an empty cache, as after installation, our functions are compiled f
 
 
 def alternate(rounds, sides, reference, **options):
-    """{side: its reports as one, with the times of all rounds}; every other round goes backwards."""
+    """{side: its reports as one, with times and results of all rounds}; every other round goes backwards."""
     reports = {side: [] for side in sides}
     for i in range(rounds):
         for side in sides[:: -1 if i % 2 else 1]:
@@ -83,6 +83,7 @@ def alternate(rounds, sides, reference, **options):
             **some[0],
             "times": {name: sum((report["times"][name] for report in some), []) for name in some[0]["times"]},
             "peak": statistics.median(report["peak"] for report in some),
+            "results": [report["result"] for report in some],
         }
         for side, some in reports.items()
     }

@@ -54,6 +54,8 @@ class Runs:
         """One training, from untrained weights unless `initial` is given, without dropout unless it is given."""
         print(f"train {name}: {side}, {target}", file=sys.stderr, flush=True)
         recipe = {**self.sizes["recipe"], "epochs": self.sizes["epochs"], "lr": work.LR, "dropout": 0, "seed": 0}
+        if side == "torch":
+            recipe["python"] = sys.executable  # which draws the excerpts
         report = run(
             side,
             self.reference,

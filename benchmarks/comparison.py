@@ -29,7 +29,7 @@ Written by `make compare` (`{command}`) on {date}, at commit {commit}. Do not ed
 have the same synthetic songs of {duration} s: {train} to train with, {valid} for validation, {test} to separate. The
 network is the published one: hidden size {hidden}, three bidirectional layers, STFTs of 4096 samples every 1024. A step
 takes {batch_size} excerpts of {seq_dur:g} s; both optimizers are Adam with a weight decay of {weight_decay:g}. The
-excerpts are drawn by `data.py` in both interpreters; where they should be the same, their checksums are.
+excerpts of both are drawn by `data.py`; where they should be the same, their checksums are.
 
 {verdicts}
 

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import work
 
+import args
 import context
+import data
 import files
 import folders
 import functions as graph_functions
 import trained
 import weights
-from data import statistics
 from evaluate import main as evaluate_main
 from separate import Separator
 from solvers import Adam
@@ -109,7 +110,7 @@ def train(clock, songs, output, target, initial, dropout, lr, epochs, threads, *
     if initial:
         model = make_model(target, weights.load(initial), dropout=dropout)
     else:
-        found = statistics(excerpts.train.tracks, work.N_FFT, work.N_HOP)
+        found = data.statistics(excerpts.train.mixtures(), work.N_FFT, work.N_HOP)
         model = make_model(target, statistics=dict(zip(trained.STATISTICS, found)), dropout=dropout)
     graph = Graph(model, excerpts.shape, test=False)
     solver = Adam(model.variables(), lr, work.WEIGHT_DECAY)
@@ -122,6 +123,20 @@ def train(clock, songs, output, target, initial, dropout, lr, epochs, threads, *
     weights.save(output / f"{target}.h5", model.get_parameters(), model.description)
     folders.write_config(output, model.config, model.targets)
     return result
+
+
+def read(clock, arguments, batch_size, nb_workers, nb_batches):
+    """Whole epochs of a training set, given by options of train.py, once all is compiled."""
+    options, given = args.train_parser().parse(arguments)
+    settings = vars(options)
+    targets = data.choose_targets(settings, given)
+    settings = {name: settings[name] for name in ("dataset", "seed", "nb_channels", *data.OPTIONS)}
+    source = clock("open", lambda: data.open_split("train", targets=targets, **settings))
+    iterator = data.DataIterator(source, batch_size, nb_workers)
+    next(iterator.epoch(1))
+    epochs = range(2, 2 + -(-nb_batches["ours"] // len(iterator)))
+    batches = (batch for epoch in epochs for batch in iterator.epoch(epoch))
+    return work.read(batches, len(epochs) * len(iterator))
 
 
 def evaluate(clock, arguments):
@@ -143,5 +158,5 @@ def separate(clock, folder, seconds, threads):
 
 if __name__ == "__main__":
     works = {"step": step, "functions": functions, "separate": separate, "train": train}
-    works.update(evaluate=evaluate)
+    works.update(evaluate=evaluate, read=read)
     work.main(works, ["nnabla", "numpy", "scipy", "numba"])

@@ -1,5 +1,7 @@
 """torch's side of the measurements: openunmix, in the environment of tests/reference."""
 
+import argparse
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -11,6 +13,7 @@ from pathlib import Path
 import openunmix.utils
 import torch
 import work
+from openunmix.data import load_datasets
 from openunmix.model import OpenUnmix
 from openunmix.transforms import ComplexNorm, make_filterbanks
 from openunmix.utils import load_separator
@@ -120,15 +123,15 @@ def save(net, folder, target):
     (folder / "separator.json").write_text(json.dumps({**config, "sample_rate": work.RATE}))
 
 
-def train(clock, songs, output, target, initial, dropout, lr, epochs, threads, perturb=0, **recipe):
+def train(clock, songs, output, target, initial, dropout, lr, epochs, threads, python, perturb=0, **recipe):
     """A training as openunmix' scripts/train.py does it, but for where its excerpts come from.
 
     Without `initial`, a file of weights, it starts untrained. `perturb` multiplies each weight by a random factor
-    of this distance from 1. Without epochs, the output is what it starts from.
+    of this distance from 1. Without epochs, the output is what it starts from. `python` is our interpreter.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(recipe["seed"])
-    excerpts, encoder = work.Excerpts(songs, target, **recipe), make_encoder()
+    excerpts, encoder = work.ServedExcerpts(python, songs=songs, target=target, **recipe), make_encoder()
     if initial:
         net = make_net()
         net.load_state_dict(torch.load(initial))
@@ -188,6 +191,21 @@ def evaluate(clock, arguments):
     return {part: 60 * spent[part].value / spent["audio"].value for part in ("separation", "museval")}
 
 
+def read(clock, arguments, batch_size, nb_workers, nb_batches):
+    """So many batches of a training set, given by options of openunmix' scripts/train.py, loaded as there."""
+    parser = argparse.ArgumentParser()  # to which load_datasets adds those of the dataset
+    for name, kind in {"dataset": str, "root": str, "target": str, "seed": int, "seq-dur": float}.items():
+        parser.add_argument(f"--{name}", type=kind, default=42 if kind is int else None)
+    sys.argv[1:] = arguments
+    with contextlib.redirect_stdout(sys.stderr):
+        dataset, _, _ = clock("open", load_datasets, parser, parser.parse_known_args()[0])
+    nb_batches = nb_batches["torch"]
+    dataset = torch.utils.data.Subset(dataset, range(nb_batches * batch_size))
+    dataset[0]
+    batches = torch.utils.data.DataLoader(dataset, batch_size, shuffle=True, num_workers=nb_workers)
+    return work.read(batches, nb_batches)
+
+
 @torch.no_grad()
 def separate(clock, folder, seconds, threads):
     start = time.perf_counter()
@@ -202,5 +220,5 @@ def separate(clock, folder, seconds, threads):
 
 if __name__ == "__main__":
     works = {"step": step, "functions": functions, "weights": weights, "separate": separate}
-    works.update(train=train, evaluate=evaluate)
+    works.update(train=train, evaluate=evaluate, read=read)
     work.main(works, ["openunmix", "torch", "numpy"])

@@ -7,10 +7,14 @@ argument, and prints {"result": …, "times": {name: seconds of every repetition
 import hashlib
 import importlib.metadata
 import json
+import os
+import pickle
 import platform
 import resource
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -39,17 +43,17 @@ def audio(nb_samples, seconds, seed):
 
 
 class Excerpts:
-    """Batches from a folder of songs, the same in both interpreters: drawn by data.py, which knows no network.
+    """Batches from a folder of songs, drawn by data.py, which knows no network.
 
     Mixtures (batch_size, 2, nb_timesteps), targets (batch_size, 1, 2, nb_timesteps): there is one target.
     """
 
     def __init__(self, songs, target, seq_dur, samples_per_track, batch_size, seed):
-        from data import AUGMENTATIONS, DataIterator, MusdbSource
+        from data import DataIterator, MusdbSource
 
         common = {"target": [target], "root": songs, "is_wav": True, "seed": seed}
         self.train = MusdbSource(
-            **common, seq_dur=seq_dur, samples_per_track=samples_per_track, augmentations=AUGMENTATIONS
+            **common, seq_dur=seq_dur, samples_per_track=samples_per_track, augmentations=["gain", "channelswap"]
         )
         self.valid = MusdbSource(**common, split="valid")
         self.epoch = DataIterator(self.train, batch_size).epoch
@@ -57,7 +61,50 @@ class Excerpts:
 
     def validation(self):
         """Whole songs, (mixture, target)."""
-        return (self.valid.whole_track(track) for track in self.valid.tracks)
+        return self.valid.items()
+
+
+class ServedExcerpts:
+    """`Excerpts` of our interpreter for torch's, which lacks what they are made with: each when it is asked for.
+
+    Args:
+        python: our interpreter
+        arguments: as of Excerpts
+    """
+
+    def __init__(self, python, **arguments):
+        command = [python, __file__, json.dumps(arguments)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def epoch(self, number):
+        return self._items(f"epoch {number}")
+
+    def validation(self):
+        return self._items("validation")
+
+    def _items(self, request):
+        self._ask(request)
+        while True:
+            self._ask("next")
+            if (item := pickle.load(self.process.stdout)) is None:
+                return
+            yield item
+
+    def _ask(self, request):
+        self.process.stdin.write(f"{request}\n".encode())
+        self.process.stdin.flush()
+
+
+def serve(excerpts, requests, answers):
+    """Answer what `ServedExcerpts` asks for: an item, or None after the last one."""
+    items = iter(())
+    for request in requests:
+        name, *numbers = request.split()
+        if name == "next":
+            pickle.dump(next(items, None), answers)
+            answers.flush()
+        else:
+            items = iter(getattr(excerpts, name)(*map(int, numbers)))
 
 
 def train(clock, excerpts, epochs, step, validate):
@@ -76,6 +123,43 @@ def train(clock, excerpts, epochs, step, validate):
             checksum.update(y)
         validation.append(clock("validation", validate))
     return {"losses": losses, "validation": validation, "excerpts": checksum.hexdigest()}
+
+
+def read(batches, nb_batches):
+    """Receive batches of (mixtures, targets), as fast as they come.
+
+    Returns:
+        seconds and, of all processes, CPU seconds per excerpt; CPU seconds of this thread per batch but the first;
+        bytes of memory of all processes while the last batch is there; shape and mean square of its mixtures
+    """
+
+    def cpu():
+        usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+    count, own, begun, start = 0, [], cpu(), time.perf_counter()
+    for number, (x, _) in enumerate(batches):
+        count, own = count + len(x), [*own[:1], time.thread_time()]
+        if number == nb_batches - 1:
+            elapsed = time.perf_counter() - start
+            memory, shape, level = memory_in_use(), list(x.shape), float((x**2).mean())
+    result = {"seconds": elapsed / count, "cpu": (cpu() - begun) / count}
+    result["own"] = (own[-1] - own[0]) / max(1, nb_batches - 1)
+    return {**result, "memory": memory, "shape": shape, "level": level}
+
+
+def memory_in_use():
+    """Bytes that this process and those that it has started hold; what several share counts once."""
+    total, pending = 0, [os.getpid()]
+    while pending:
+        folder = Path("/proc", str(pending.pop()))
+        try:
+            lines = (folder / "smaps_rollup").read_text().splitlines()
+            pending += [int(pid) for path in folder.glob("task/*/children") for pid in path.read_text().split()]
+        except OSError:  # it has ended
+            continue
+        total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total
 
 
 class Clock:
@@ -103,3 +187,7 @@ def main(works, packages):
     versions = {name: importlib.metadata.version(name) for name in packages}
     versions = {"Python": platform.python_version(), **versions}
     print(json.dumps({"result": result, "times": clock.times, "peak": peak, "versions": versions}))
+
+
+if __name__ == "__main__":
+    serve(Excerpts(**json.loads(sys.argv[1])), sys.stdin, sys.stdout.buffer)

@@ -56,22 +56,19 @@ def uninterrupted(songs, tmp_path_factory):
 
 def at_item(monkeypatch, number, action):
     """Do something when an excerpt is read, the first of them 0, or a validation track, of the first epoch 100."""
-    item, track, counts = data.MusdbSource.item, data.MusdbSource.whole_track, [0, 100]
 
-    def read_item(self, epoch, index):
-        counts[0] += 1
-        if counts[0] == number + 1:
-            action()
-        return item(self, epoch, index)
+    def watched(read, count):
+        def watch(*arguments):
+            nonlocal count
+            count += 1
+            if count == number + 1:
+                action()
+            return read(*arguments)
 
-    def read_track(self, one):
-        counts[1] += 1
-        if counts[1] == number + 1:
-            action()
-        return track(self, one)
+        return watch
 
-    monkeypatch.setattr(data.MusdbSource, "item", read_item)
-    monkeypatch.setattr(data.MusdbSource, "whole_track", read_track)
+    monkeypatch.setattr(data.MusdbSource, "fill", watched(data.MusdbSource.fill, 0))
+    monkeypatch.setattr(data.MusdbSource, "item", watched(data.MusdbSource.item, 100))
 
 
 def send(number):
@@ -199,7 +196,7 @@ def test_a_signal_before_the_first_step_leaves_nothing(songs, tmp_path, monkeypa
         send(signal.SIGINT)()
         raise AssertionError("goes on")
 
-    for name in ("statistics", "MusdbSource"):
+    for name in ("statistics", "load"):
         with monkeypatch.context() as patch:
             patch.setattr(data, name, interrupted)
             ends(130, run, songs, tmp_path / "o")
@@ -664,7 +661,7 @@ def contents(folder):
 def test_starting_anew_asks(songs, tmp_path, monkeypatch, line):
     run(songs, tmp_path)
     before = contents(tmp_path)
-    monkeypatch.setattr(data, "MusdbSource", None)  # it asks before it reads anything
+    monkeypatch.setattr(data, "load", None)  # it asks before it reads anything
     ends(2, run, songs, tmp_path, "--seed", "43")
     error = line()
     assert "--overwrite" in error and f"--checkpoint {tmp_path} continues" in error and "another --output" in error
@@ -679,12 +676,14 @@ def test_starting_anew_asks(songs, tmp_path, monkeypatch, line):
 def test_who_comes_second_asks_once_more(songs, tmp_path, monkeypatch, line):
     """Another training into the same folder was begun, and has ended, while this one read its data."""
 
-    class Source(data.MusdbSource):
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options)
-            (tmp_path / "bass.h5").write_bytes(b"another's")
+    load = data.load
 
-    monkeypatch.setattr(data, "MusdbSource", Source)
+    def load_slowly(**settings):
+        found = load(**settings)
+        (tmp_path / "bass.h5").write_bytes(b"another's")
+        return found
+
+    monkeypatch.setattr(data, "load", load_slowly)
     ends(2, run, songs, tmp_path)
     assert "bass.h5 is there already" in line() and (tmp_path / "bass.h5").read_bytes() == b"another's"
 

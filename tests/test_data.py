@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pooch
 import pytest
 import soundfile
 import stempeg
@@ -16,8 +17,10 @@ from formulas import float64_magnitudes
 
 import data
 import randomness
-import tracks
 import utils
+from datasets import musdb18
+from datasets.mixing import Item, Part
+from datasets.recordings import open_recording
 from utils import UsageError
 
 RATE = 44100
@@ -108,14 +111,12 @@ def test_augmentations_change_nothing_but_their_own_effect(songs, invert):
 def test_streams_of_random_numbers_do_not_meet():
     """Each purpose and key has a stream of its own; also where numbers could be padded, or run together."""
     numbers = (0, 1, 2, 10, 12, 120, 2**32, 2**64)
-    streams = [("initial weights", {"seed": seed}) for seed in numbers]
-    for seed, epoch in itertools.product(numbers, numbers):
-        streams += [("order", {"seed": seed, "epoch": epoch})]
-        streams += [("dropout", {"seed": seed, "epoch": epoch, "step": step}) for step in numbers]
-    for seed, epoch, index, name in itertools.product(numbers, numbers, numbers[:5], ("bass", "drums")):
-        key = {"seed": seed, "epoch": epoch, "index": index, "source": name}
-        streams += [("draw", key)] + [("augmentation", {**key, "name": name}) for name in data.AUGMENTATIONS]
-    assert {purpose for purpose, _ in streams} == set(randomness.STREAMS)
+    values = {"seed": numbers, "epoch": numbers, "step": numbers, "index": numbers[:5], "source": ("bass", "drums")}
+    values.update(name=tuple(data.AUGMENTATIONS), song=("", "1", "10"))
+    streams = []
+    for purpose, names in randomness.STREAMS.items():
+        keys = itertools.product(*(values[name] for name in names))
+        streams += [(purpose, dict(zip(names, key))) for key in keys]
     draws = {randomness.random_stream(purpose, **key).integers(2**63) for purpose, key in streams}
     assert len(draws) == len(streams)
     first, again = (randomness.random_stream("order", seed=1, epoch=np.int64(2)).random(9) for _ in range(2))
@@ -147,7 +148,7 @@ def test_names_that_cannot_be_right(songs):
         source(songs, target=["bass", "guitar"])
     with pytest.raises(UsageError, match="no target is named"):
         source(songs, target=[])
-    with pytest.raises(UsageError, match="unknown augmentation 'reverb': there are gain, channelswap"):
+    with pytest.raises(UsageError, match="unknown augmentation 'reverb': there are gain, channelswap, "):
         source(songs, augmentations=["gain", "reverb"])
     with pytest.raises(UsageError, match="the augmentation 'gain' is named 2 times"):
         source(songs, augmentations=["gain", "gain"])
@@ -170,7 +171,7 @@ def test_an_error_in_a_worker_reaches_the_caller(songs, tmp_path):
     shutil.rmtree(tmp_path / "songs")
     with pytest.raises(OSError) as error:
         list(data.DataIterator(train, 4, 2).epoch(1))
-    assert Path(error.value.filename) in {path for track in train.tracks for path in track.sources.values()}
+    assert Path(error.value.filename) in {one.path for track in train.tracks for one in track.recordings}
 
 
 class Slow:
@@ -183,6 +184,8 @@ class Slow:
 
     def __len__(self):
         return 100
+
+    nb_timesteps = None
 
     def item(self, epoch, index):
         time.sleep(0.002)
@@ -219,14 +222,14 @@ def test_an_error_anywhere_in_an_epoch_ends_it(nb_workers, place):
 def test_gain_is_uniform_and_swap_happens_half_of_the_time():
     rng = np.random.default_rng(0)
     ones = np.ones((2, 1), np.float32)
-    gains = np.array([data.gain(ones, rng)[0, 0] for _ in range(4000)])
+    gains = np.array([data.AUGMENTATIONS["gain"](ones, rng)[0, 0] for _ in range(4000)])
     assert 0.25 <= gains.min() < 0.26 and 1.24 < gains.max() < 1.25
     assert abs(gains.mean() - 0.75) < 0.02
     stereo = np.array([[1.0], [2.0]], np.float32)
-    swapped = [data.channelswap(stereo, rng)[0, 0] == 2 for _ in range(4000)]
+    swapped = [data.AUGMENTATIONS["channelswap"](stereo, rng)[0, 0] == 2 for _ in range(4000)]
     assert abs(np.mean(swapped) - 0.5) < 0.03
     mono = ones[:1]
-    assert data.channelswap(mono, rng) is mono
+    assert data.AUGMENTATIONS["channelswap"](mono, rng) is mono
 
 
 def test_validation_gives_whole_tracks_with_their_official_mixture(songs):
@@ -241,8 +244,8 @@ def test_validation_gives_whole_tracks_with_their_official_mixture(songs):
 
 def test_statistics_equal_a_plain_formula_over_all_frames(songs):
     train = source(songs)
-    mean, std = data.statistics(train.tracks, 512, 128)
-    songs = [float64_magnitudes(soundfile.read(track.mixture)[0].T, 512, 128) for track in train.tracks]
+    mean, std = data.statistics(train.mixtures(), 512, 128)
+    songs = [float64_magnitudes(soundfile.read(track.mixture[0].path)[0].T, 512, 128) for track in train.tracks]
     frames = np.concatenate(songs).mean(axis=1)
     np.testing.assert_allclose(mean, np.mean(frames, axis=0), rtol=1e-5)
     np.testing.assert_allclose(std, np.maximum(np.std(frames, axis=0), 1e-4 * np.std(frames, axis=0).max()), rtol=1e-5)
@@ -251,8 +254,8 @@ def test_statistics_equal_a_plain_formula_over_all_frames(songs):
 def test_statistics_of_bins_that_never_change(tmp_path):
     """Silence has deviation 0 in every bin; like scikit-learn's scaler we divide by 1 then."""
     soundfile.write(tmp_path / "silence.wav", np.zeros((4000, 2)), RATE)
-    track = data.Track("silence", tmp_path / "silence.wav", {}, 4000, RATE, 2)
-    mean, std = data.statistics([track], 512, 128)
+    silence = Item([Part((open_recording(tmp_path / "silence.wav"),), True, ())], 4000)
+    mean, std = data.statistics([silence], 512, 128)
     np.testing.assert_array_equal(mean, 0)
     np.testing.assert_array_equal(std, 1)
 
@@ -274,7 +277,7 @@ def stems(songs, tmp_path_factory):
 def test_stems_are_decoded_once_and_equal_musdb(stems, tmp_path, monkeypatch):
     import musdb
 
-    monkeypatch.setattr(tracks.pooch, "os_cache", lambda name: tmp_path / name)
+    monkeypatch.setattr(pooch, "os_cache", lambda name: tmp_path / name)
     train = source(stems, is_wav=False)
     theirs = musdb.DB(root=str(stems), subsets="train", split="train").tracks
     assert [track.name for track in train.tracks] == [track.name for track in theirs]
@@ -291,7 +294,7 @@ def test_stems_are_decoded_once_and_equal_musdb(stems, tmp_path, monkeypatch):
 def one_stem(stems, tmp_path, monkeypatch):
     """A file of stems, and an empty folder where decoded ones are kept."""
     kept = tmp_path / "kept"
-    monkeypatch.setattr(tracks.pooch, "os_cache", lambda name: kept)
+    monkeypatch.setattr(pooch, "os_cache", lambda name: kept)
     path = tmp_path / "songs" / "train" / "Song.stem.mp4"
     path.parent.mkdir(parents=True)
     shutil.copy(sorted((stems / "train").iterdir())[0], path)
@@ -322,7 +325,7 @@ def test_stems_that_have_changed_are_decoded_again(stems, one_stem):
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError])
 def test_stems_are_decoded_wholly_or_not_at_all(one_stem, monkeypatch, interruption):
     path, kept = one_stem
-    written, count = tracks.write, itertools.count(1)
+    written, count = musdb18.write, itertools.count(1)
 
     def interrupted(*args, **options):
         written(*args, **options)
@@ -330,27 +333,27 @@ def test_stems_are_decoded_wholly_or_not_at_all(one_stem, monkeypatch, interrupt
             raise interruption
 
     with monkeypatch.context() as patch:
-        patch.setattr(tracks, "write", interrupted)
+        patch.setattr(musdb18, "write", interrupted)
         with pytest.raises(interruption):
             decoded(path)
     assert not list(kept.rglob("*.wav")), "nothing is left, and nothing could be taken for whole"
     track = decoded(path)
-    assert {path.stem for path in track.mixture.parent.iterdir()} == {"mixture", *track.sources}
+    assert {path.stem for path in track.mixture[0].path.parent.iterdir()} == {"entry", "mixture", *track.sources}
 
 
 def test_stems_that_two_processes_decode_at_once(one_stem, monkeypatch):
     """Each in a folder of its own; the first gives it its name, the second takes that."""
     path, kept = one_stem
-    written, count, other = tracks.write, itertools.count(1), []
+    written, count, other = musdb18.write, itertools.count(1), []
 
     def interrupted(*args, **options):
         if next(count) == 3:
             other.append(decoded(path))
         written(*args, **options)
 
-    monkeypatch.setattr(tracks, "write", interrupted)
+    monkeypatch.setattr(musdb18, "write", interrupted)
     assert [decoded(path)] == other
-    assert [other[0].mixture.parent] == list(kept.iterdir())
+    assert [other[0].mixture[0].path.parent] == list(kept.iterdir())
 
 
 def test_wav_and_stem_folders_are_told_apart(songs, stems):
@@ -640,7 +643,9 @@ def test_a_file_that_changes_during_training_is_named(tmp_path, change, nb_worke
         list(batches)
     assert error.value.filename == str(folder / "drums.wav") and "\n" not in utils.describe(error.value)
     with pytest.raises(OSError):
-        data.statistics([dataclasses.replace(train.tracks[0], mixture=folder / "drums.wav")], 512, 128)
+        data.statistics(
+            [train.whole(dataclasses.replace(train.tracks[0], mixture=train.tracks[0].sources["drums"]))], 512, 128
+        )
 
 
 def test_integers_are_not_read_twice(songs, monkeypatch):
@@ -654,7 +659,7 @@ def test_decoded_stems_that_are_damaged_are_decoded_again(one_stem, damage):
     path, kept = one_stem
     before = mixture_of(decoded(path))
     track = decoded(path)
-    damage(track.sources["drums"])
+    damage(track.sources["drums"][0].path)
     again = decoded(path)
     np.testing.assert_array_equal(mixture_of(again), before)
     assert len(again.read(again.sources["drums"])) == 2 and len(list(kept.iterdir())) == 1
@@ -707,6 +712,6 @@ def test_sizes_of_batches_that_cannot_be(songs, arguments):
 @pytest.mark.parametrize("sizes", [(0, 1), (512, 0), (-4, 2), (512.5, 2), (10**7, 2)])
 def test_sizes_of_statistics_that_cannot_be(songs, sizes):
     with pytest.raises(ValueError):
-        data.statistics(source(songs).tracks, *sizes)
-    with pytest.raises(ValueError, match="no tracks"):
+        data.statistics(source(songs).mixtures(), *sizes)
+    with pytest.raises(ValueError, match="no mixtures"):
         data.statistics([], 512, 128)

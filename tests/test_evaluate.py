@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import musdb
 import museval
 import numpy as np
+import pooch
 import pytest
 import shapes
 import soundfile
@@ -26,9 +27,9 @@ import files
 import kernels.threads
 import scores
 import separate
-import tracks
 import weights
 from args import TARGETS
+from datasets import musdb18
 from scores import PUBLISHED
 from utils import UsageError
 
@@ -221,7 +222,7 @@ def test_a_target_alone_is_scored_beside_the_rest(root, tmp_path):
 
 
 def test_stems_in_mp4(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(tracks.pooch, "os_cache", lambda name: tmp_path / name)
+    monkeypatch.setattr(pooch, "os_cache", lambda name: tmp_path / name)
     (tmp_path / "musdb" / "test").mkdir(parents=True)
     track = root / "test" / NAMES[0]
     audio = [soundfile.read(track / f"{name}.wav")[0] for name in ("mixture", "drums", "bass", "other", "vocals")]
@@ -354,12 +355,12 @@ def test_a_failing_track_does_not_stop_the_others(root, pair, tmp_path, capsys, 
     ],
 )
 def test_whatever_is_wrong_with_a_track_the_others_go_on(root, tmp_path, capsys, monkeypatch, error, line):
-    def opened(track, *arguments):
-        if track.name == NAMES[0]:
+    def opened(tracks, *arguments):
+        if tracks[0].name == NAMES[0]:
             raise error
-        return tracks.open_track(track, *arguments)
+        return musdb18.open_tracks(tracks, *arguments)
 
-    monkeypatch.setattr(evaluate, "open_track", opened)
+    monkeypatch.setattr(evaluate, "open_tracks", opened)
     assert f"evaluate.py: {NAMES[0]}: {line}\n" in fails(capsys, root, tmp_path, *ACCOMPANIMENT, status=1)
     assert set(summary(tmp_path)["tracks"]) == set(NAMES[1:])
 

@@ -124,7 +124,8 @@ def test_the_layer_of_the_readme(songs, tmp_path):
     root = FILE.parents[1]
     for path in root.glob("*.py"):
         shutil.copy(path, copy)
-    shutil.copytree(root / "kernels", copy / "kernels")
+    for folder in ("kernels", "datasets"):
+        shutil.copytree(root / folder, copy / folder)
     text = (copy / "model.py").read_text()
     last = '        return functions.batch_normalization(h, F.relu, test, name=_name("fc2", target))\n'
     assert text.count(last) == 1

@@ -14,7 +14,7 @@ LEVELS = (
     {"args", "utils", "music", "kernels", "randomness", "frames"},
     {"files", "containers", "ffmpeg_files"},
     {"context", "fast", "filtering", "audio", "torch_files", "h5_files", "pretrained", "folders"},
-    {"functions", "solvers", "scores", "tracks", "stems", "synthesize"},
+    {"functions", "solvers", "scores", "datasets", "stems", "synthesize"},
     {"model", "data"},
     {"weights"},
     {"trained"},
@@ -22,7 +22,9 @@ LEVELS = (
     {"train", "separate"},
     {"evaluate", "demo"},
 )
-FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py")])
+FOLDERS = ("kernels", "datasets")  # whose files import each other
+FILES = sorted([*ROOT.glob("*.py"), *(path for name in FOLDERS for path in ROOT.glob(f"{name}/*.py"))])
+
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).replace(".__init__", ""): path for path in FILES}
 
 
@@ -55,7 +57,7 @@ def test_modules_import_only_what_lies_below_them(module):
     package = module.split(".")[0]
     level = next(number for number, names in enumerate(LEVELS) if package in names)
     above = set().union(*LEVELS[level:])
-    if package == "kernels":  # whose files import each other
+    if package in FOLDERS:
         above -= {package}
     wrong = {name for name in imported(module) if name.split(".")[0] in above}
     assert not wrong, f"{module} imports {wrong}"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 from formulas import float64_loss, float64_magnitudes
-from reference.songs import RATE, SOURCES, write_songs
+from reference.songs import RATE, SOURCES, SPARSE, write_layout, write_songs
 from scipy import stats
 
 import args
@@ -40,7 +40,8 @@ def flags(options):
 
 def run(root, output, **options):
     """Train on the CPU; returns the log."""
-    train.main([*flags(options), *f"--context cpu --quiet --is-wav --root {root} --output {output}".split()])
+    data = "" if "dataset" in options else "--is-wav"
+    train.main([*flags(options), *f"--context cpu --quiet {data} --root {root} --output {output}".split()])
     return json.loads((output / f"{options['target']}.json").read_text())
 
 
@@ -67,6 +68,12 @@ class Training:
         state = {name[len(prefix) :]: a for name, a in self.arrays.items() if name.startswith(prefix)}
         return weights.from_torch(state)
 
+    def write_songs(self, folder):
+        times = int(self.arrays["times"])
+        if "dataset" in self.options:
+            return write_layout(folder, self.options["dataset"], times)
+        return write_songs(folder, times)
+
     def write_model(self, folder, sample_rate=RATE):
         """The initial weights as a folder that --model takes."""
         folder.mkdir()
@@ -79,6 +86,9 @@ class Training:
 
 
 NB_STEPS = 9
+
+# What docs/training.md promises of small networks: of full scale, of a bin's deviation, of the loss.
+TOLERANCES = {"excerpts": 1e-6, "statistics": 1e-5, "losses": 5e-6}
 
 
 @pytest.mark.parametrize(
@@ -93,17 +103,68 @@ def test_losses_and_weights_are_those_of_openunmix(path, plain, tmp_path):
     of the larger networks there are some, and losses follow.
     """
     training = Training(path)
-    root = write_songs(tmp_path / "songs", int(training.arrays["times"]))
+    root = training.write_songs(tmp_path / "songs")
     log = run(root, tmp_path, **training.options, model=training.write_model(tmp_path / "initial"), plain=plain)
     np.testing.assert_allclose(log["lr_history"], training.arrays["lr_history"], rtol=1e-9)
     for name in ("train_loss_history", "valid_loss_history"):
-        rtol = 5e-6 if path.parent == GOLDEN else 3e-4
+        rtol = TOLERANCES["losses"] if path.parent == GOLDEN else 3e-4
         np.testing.assert_allclose(log[name], training.arrays[name], rtol=rtol, err_msg=name)
     saved, expected = weights.load(tmp_path / f"{training.target}.h5"), training.state("best")
     for name in expected:
         error = np.abs(saved[name] - expected[name]) - 1e-5 * np.abs(expected[name])
         assert (error > 5e-5).mean() <= 1e-3, name
         assert error.max() <= 2 * NB_STEPS * training.options["lr"], name
+
+
+def open_training_set(training, folder):
+    """As train.py opens it, of the songs that are written to a folder; and all options."""
+    options, given = args.train_parser().parse([*flags(training.options), "--is-wav"])
+    settings = {**vars(options), "root": training.write_songs(folder)}
+    data.choose_targets(settings, given - {"is_wav"})
+    names = ("dataset", "seed", "nb_channels", *data.OPTIONS)
+    return data.load(targets=[training.target], **{name: settings[name] for name in names})[0], settings
+
+
+@pytest.mark.parametrize("path", files("recipe"), ids=lambda path: path.stem)
+def test_excerpts_of_every_dataset_are_those_of_openunmix(path, tmp_path):
+    """Mixtures and targets of an epoch, for the same random numbers."""
+    training = Training(path)
+    source, _ = open_training_set(training, tmp_path)
+    expected = training.arrays["excerpts"]
+    assert len(source) == len(expected) and expected.std() > 0.01
+    for index, (mixture, target) in enumerate(expected):
+        x, (y,) = (audio[..., ::SPARSE] for audio in source.item(1, index))
+        for ours, theirs in ((x, mixture), (y, target)):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCES["excerpts"])
+
+
+@pytest.mark.parametrize("path", files("recipe"), ids=lambda path: path.stem)
+def test_statistics_of_every_dataset_are_those_of_openunmix(path, tmp_path):
+    """Of mixtures without augmentations, which the reference means to leave out."""
+    training = Training(path)
+    source, settings = open_training_set(training, tmp_path)
+    mean, std = data.statistics(source.mixtures(), settings["nfft"], settings["nhop"])
+    expected = training.arrays["statistics/std"]
+    unit = np.maximum(expected, 1e-3 * expected.max())  # weaker bins are rounding
+    assert np.abs((mean - training.arrays["statistics/mean"]) / unit).max() < TOLERANCES["statistics"]
+    assert np.abs((std - expected) / unit).max() < TOLERANCES["statistics"]
+
+
+def test_the_table_of_what_is_compared_has_every_case():
+    """Of docs/training.md: its rows are the golden trainings, its tolerances are those asserted here."""
+    text = (GOLDEN.parents[1] / "docs" / "training.md").read_text().partition("### Compared with openunmix")[2]
+    table = next(paragraph for paragraph in text.split("\n\n") if paragraph.startswith("|"))
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    assert header[2:] == list(TOLERANCES)
+    cases = {
+        path.stem.removeprefix("golden_recipe_"): Training(path) for path in files("recipe") if path.parent == GOLDEN
+    }
+    assert [row[0].strip("`") for row in rows] == [*cases, "tolerance"]
+    for name, _, *differences in rows:
+        for differs, tolerance in zip(map(float, differences), TOLERANCES.values()):
+            assert differs == tolerance if name == "tolerance" else 0 <= differs <= tolerance
+    for (_, options, *_), training in zip(rows, cases.values()):
+        assert set(options.strip("`").split()) <= {*flags({"dataset": "musdb", **training.options})}
 
 
 @pytest.mark.skipif("OPENUNMIX_PYTHON" not in os.environ, reason="made by `make reference`")
@@ -388,6 +449,8 @@ def test_an_excerpt_may_be_the_whole_song(tmp_path):
 
 class Numbered:
     """A source of data whose items are their own numbers."""
+
+    nb_timesteps = None
 
     def __init__(self, length, seed=0):
         self.length, self.seed = length, seed

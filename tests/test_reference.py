@@ -23,6 +23,8 @@ import functions
 import solvers
 import utils
 import weights
+from datasets.mixing import Item, Part
+from datasets.recordings import open_recording
 from model import OpenUnmix
 
 GOLDEN = Path(__file__).parent / "data"
@@ -209,17 +211,17 @@ def write_noise_songs(folder):
     for number, song in enumerate(noise_songs()):
         path = folder / f"{number}.wav"
         soundfile.write(path, song, RATE, subtype="PCM_16")
-        yield data.Track(path.stem, path, {}, len(song), RATE, song.shape[1])
+        yield Item([Part((open_recording(path),), True, ())], len(song))
 
 
 @pytest.mark.parametrize("path", files("statistics"), ids=lambda path: path.stem)
 def test_statistics(path, tmp_path, largest):
     with np.load(path) as expected:
         if "root" in expected:
-            tracks = data.MusdbSource("bass", str(expected["root"]), is_wav=True).tracks
+            mixtures = data.MusdbSource("bass", str(expected["root"]), is_wav=True).mixtures()
         else:
-            tracks = list(write_noise_songs(tmp_path))
-        mean, std = data.statistics(tracks, int(expected["n_fft"]), int(expected["n_hop"]))
+            mixtures = write_noise_songs(tmp_path)
+        mean, std = data.statistics(mixtures, int(expected["n_fft"]), int(expected["n_hop"]))
         with Comparison("statistics", path.stem, largest, 1e-5) as compare:
             # In units of each bin's deviation, which is how the network sees it. In bins that are weaker than
             # a thousandth of the loudest, the float32 rounding of torch's own STFT is more than the tolerance.

@@ -14,12 +14,14 @@ import soundfile
 from trainings import TINY, assert_same_state, differs, run, state, without_times
 
 import args
+import checkpoint
 import data
 import kernels.threads
 import pretrained
 import train
 import trained
 import weights
+from datasets import batches
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +157,7 @@ ELSEWHERE = {
     "targets": "tests/test_networks.py",
     "network": "tests/test_networks.py",
     "network_options": "tests/test_networks.py",
+    **{option: "tests/test_datasets.py" for option in checkpoint.DATASET + ("manifest", "cache")},
 }
 
 
@@ -237,12 +240,12 @@ def test_the_best_of_several_seeds_are_a_model(songs, tmp_path, monkeypatch):
 def test_workers_prepare_batches(songs, tmp_path, base, monkeypatch):
     pools = []
 
-    class Pool(data.ThreadPoolExecutor):
+    class Pool(batches.ThreadPoolExecutor):
         def __init__(self, size):
             pools.append(size)
             super().__init__(size)
 
-    monkeypatch.setattr(data, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(batches, "ThreadPoolExecutor", Pool)
     run(songs, tmp_path, "--nb-workers", "2")
     assert pools == [2]
     assert_same_state(tmp_path, base[0])
@@ -278,16 +281,16 @@ def test_quiet(songs, tmp_path, capsys):
 
 def test_whole_tracks_of_any_length_need_few_graphs(songs, tmp_path, monkeypatch):
     """Each length has a graph of its own, but few are kept."""
-    whole_track, lengths, graphs, most = (
-        data.MusdbSource.whole_track,
+    render, lengths, graphs, most = (
+        data.MusdbSource.render,
         itertools.count(20000, 100),
         weakref.WeakSet(),
         [],
     )
 
-    def shorter(self, track):
+    def shorter(self, item):
         nb_timesteps = next(lengths)
-        return tuple(audio[..., :nb_timesteps] for audio in whole_track(self, track))
+        return tuple(audio[..., :nb_timesteps] for audio in render(self, item))
 
     class Graph(train.Graph):
         def __init__(self, *arguments, **options):
@@ -295,7 +298,7 @@ def test_whole_tracks_of_any_length_need_few_graphs(songs, tmp_path, monkeypatch
             most.append(len(graphs))
             super().__init__(*arguments, **options)
 
-    monkeypatch.setattr(data.MusdbSource, "whole_track", shorter)
+    monkeypatch.setattr(data.MusdbSource, "render", shorter)
     monkeypatch.setattr(train, "Graph", Graph)
     run(songs, tmp_path, "--seq-dur", "0", "--batch-size", "1", "--samples-per-track", "3")
     assert len(most) == 10 and max(most) <= 3
@@ -359,15 +362,18 @@ def test_bad_input(songs, tmp_path, base, capsys, options, message):
     assert not list(tmp_path.rglob("*.h5")) and not list(tmp_path.rglob("*.json"))
 
 
-def test_tracks_that_a_network_cannot_take(songs, tmp_path, capsys):
+def test_mono_tracks_train_a_stereo_network(songs, tmp_path):
+    """Alike in both channels, as if the files were so."""
     for path in songs.glob("train/*/*.wav"):
         (tmp_path / path.relative_to(songs)).parent.mkdir(parents=True, exist_ok=True)
         audio, rate = soundfile.read(path)
         soundfile.write(tmp_path / path.relative_to(songs), audio.mean(axis=1), rate)
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path, tmp_path / "output")
-    assert stop.value.code == 2 and "use --nb-channels 1" in capsys.readouterr().err
-    assert run(tmp_path, tmp_path / "output", "--nb-channels", "1")["epochs_trained"] == 1
+    log = run(tmp_path, tmp_path / "mono")
+    for path in tmp_path.glob("train/*/*.wav"):
+        audio, rate = soundfile.read(path, dtype="int16")
+        soundfile.write(path, np.stack([audio, audio], axis=1), rate)
+    assert run(tmp_path, tmp_path / "stereo")["train_loss_history"] == log["train_loss_history"]
+    assert run(tmp_path, tmp_path / "one", "--nb-channels", "1")["epochs_trained"] == 1
 
 
 def test_the_script_itself_fails_without_a_traceback(tmp_path):

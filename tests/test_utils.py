@@ -172,6 +172,25 @@ def test_an_error_that_python_swallows(error, status):
     assert result.stderr == b"-c: file: No space left\n" if status else b"a bug" in result.stderr
 
 
+def test_an_object_whose_making_is_interrupted():
+    """Its finalizer misses what it has not got yet; that is no news."""
+    result = run("""
+        class Half:
+            def __init__(self):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(20)
+                self.value = 1
+
+            def __del__(self):
+                print(self.value)
+
+        @utils.command
+        def main(argv=None):
+            Half()
+    """)
+    assert (result.returncode, result.stdout, result.stderr) == (143, b"", b"-c: terminated\n")
+
+
 @pytest.mark.parametrize("error", ["utils.UsageError('bad')", "OSError('bad')", "RuntimeError('bad')", "SystemExit(2)"])
 def test_what_becomes_of_an_interruption_on_its_way(error):
     result = run(f"""

@@ -8,6 +8,7 @@ import train
 
 TINY = ["--nfft", "1024", "--nhop", "512", "--hidden-size", "8", "--seq-dur", "0.3", "--batch-size", "4"]
 TINY += ["--samples-per-track", "3", "--is-wav", "--context", "cpu", "--quiet", "--target", "bass"]
+TINY += ["--nb-workers", "0"]  # so that tests know what is read when
 NB_STEPS = 3  # per epoch, of nine excerpts: the last batch is smaller
 
 

@@ -32,7 +32,7 @@ SMALL = ["--context", "cpu", "--threads", "1", "--quiet"]
 TRAIN = [*SMALL, "--target", "bass", "--is-wav", "--hidden-size", "16", "--nfft", "512", "--nhop", "256"]
 TRAIN += ["--bandwidth", "4000", "--seq-dur", "1", "--batch-size", "2", "--samples-per-track", "2"]
 # What a log says of a run that was interrupted, and not of one that was not
-VOLATILE = {"train_time_history", "checkpoint", "overwrite", "date", "seconds_per_minute", "commit", "seconds"}
+VOLATILE = {"train_time_history", "checkpoint", "overwrite", "date", "seconds_per_minute", "commit", "seconds", "time"}
 
 # ------------------------------------------------------------------------------------------ commands
 

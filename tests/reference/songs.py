@@ -7,6 +7,7 @@ import soundfile
 
 RATE = 44100
 SOURCES = ("bass", "drums", "other", "vocals")
+SPARSE = 101  # of this many samples of excerpts, one is kept in golden values
 
 # Lengths of `write_songs` in samples; musdb tells validation songs by their names.
 SONGS = {
@@ -36,6 +37,24 @@ def noise_songs():
     rng = np.random.RandomState(0)
     songs = [(1.0, 4, 300), (0.8, 8, 9000), (1.2, 16, 25000)]
     return [noise(rng, round(seconds * RATE), *kind).astype(np.int16) for seconds, *kind in songs]
+
+
+def write_layout(root, dataset, times=1):
+    """SONGS in folders as a dataset of openunmix has them; returns the folder.
+
+    In trackfolder_var, one song lacks a source, and another, to train with, the vocals.
+    """
+    songs = write_songs(Path(root, "musdb"), times) / "train"
+    root = Path(root, dataset)
+    for song in sorted(songs.iterdir()):
+        split = "train" if song.name.startswith("Noise") else "valid"
+        for path in song.iterdir():
+            name = f"{path.stem}/{song.name}.wav" if dataset == "sourcefolder" else f"{song.name}/{path.name}"
+            missing = path.stem == "mixture" or name in ("Noise - First/other.wav", "Noise - Second/vocals.wav")
+            if dataset != "trackfolder_var" or not missing:
+                (root / split / name).parent.mkdir(parents=True, exist_ok=True)
+                (root / split / name).write_bytes(path.read_bytes())
+    return root
 
 
 def write_songs(root, times=1):
