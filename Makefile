@@ -11,7 +11,7 @@ help:
 	@echo "make reference  tests against torch's openunmix, live (a second environment, 1 GB)"
 	@echo "make mutants    put faults into copies of the project: do the tests notice them? (16 minutes; mutants-quick: 3)"
 	@echo "make faults     kill commands, fill disks, damage files, craft media, fuzz all that reads (two hours)"
-	@echo "make compare    train, separate and score with both, into docs/comparison.md (50 minutes)"
+	@echo "make compare    train, separate and score with both, and with extensions, into docs/comparison.md (80 minutes)"
 	@echo "make bench      speed and memory against torch and native NNabla, into docs/performance.md and data.md (30 minutes)"
 	@echo "make setup      only the environment, in .venv"
 
@@ -82,6 +82,7 @@ faults: setup
 
 compare: setup .venv-reference/installed
 	$(PYTHON) benchmarks/compare.py
+	$(PYTHON) benchmarks/extensions.py
 
 bench: setup .venv-reference/installed
 	$(PYTHON) benchmarks/bench.py

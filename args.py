@@ -164,12 +164,12 @@ def add_data_options(parser: Parser, augmentations: Iterable[str] = ()) -> None:
     )
 
 
-def train_parser(augmentations: Iterable[str] = ()) -> Parser:
-    """Options of train.py; --help names the `augmentations` there are, data.py checks those that are asked for."""
-    parser = Parser(prog="train.py", description="Train Open-Unmix for one target.")
+def train_parser(augmentations: Iterable[str] = (), losses: Iterable[str] = ()) -> Parser:
+    """Options of train.py; --help names the `augmentations` and `losses`, which data.py and losses.py check."""
+    parser = Parser(prog="train.py", description="Train Open-Unmix for one target, or several at once.")
     targets = parser.add_mutually_exclusive_group()
     targets.add_argument("--target", default="vocals", help="source to learn, or accompaniment, linear_mixture")
-    targets.add_argument("--targets", nargs="+", help="several at once, of a network that is made for it")
+    targets.add_argument("--targets", nargs="+", help="several at once, by one joint network")
     output = parser.add_argument_group("what it begins with and leaves")
     output.add_argument(
         "--output", type=path, default="open-unmix", help="folder for the model, its log and checkpoint"
@@ -197,12 +197,29 @@ def train_parser(augmentations: Iterable[str] = ()) -> Parser:
     recipe.add_argument("--epochs", type=POSITIVE, default=1000, help="number of epochs")
     recipe.add_argument("--batch-size", type=POSITIVE, default=16, help="excerpts per step")
     recipe.add_argument("--lr", type=number(float, 0, True), default=0.001, help="learning rate")
+    recipe.add_argument(
+        "--loss", default="mse", metavar="NAME", help=f"what is minimised: {', '.join(losses)}, or FILE.py:FUNCTION"
+    )
+    recipe.add_argument("--mcoef", type=number(float, 0), default=10.0, help="xumx: weight of the time domain; 0: none")
+    recipe.add_argument(
+        "--no-combinations",
+        dest="combinations",
+        action="store_false",
+        help="xumx: each target alone; default: their sums, too",
+    )
     recipe.add_argument("--patience", type=COUNT, default=140, help="epochs without a better loss before the end")
     recipe.add_argument("--lr-decay-patience", type=COUNT, default=80, help="epochs on a plateau before the decay")
     recipe.add_argument(
         "--lr-decay-gamma", type=number(float, 0, True, upper=1), default=0.3, help="factor of the decay"
     )
     recipe.add_argument("--weight-decay", type=number(float, 0), default=0.00001, help="L2 added to the gradient")
+    recipe.add_argument(
+        "--ema",
+        type=number(float, 0, upper=0.99999),
+        default=0.0,
+        metavar="DECAY",
+        help="validate and keep an average of the weights over the steps, each weighing DECAY times the next; as 0.999",
+    )
     recipe.add_argument(
         "--seed", type=number(int, 0, upper=2**64), default=42, help="of the initial weights, the data and the dropout"
     )
@@ -215,6 +232,7 @@ def train_parser(augmentations: Iterable[str] = ()) -> Parser:
     model.add_argument("--bandwidth", type=POSITIVE, default=16000, help="frequencies that the model reads, in Hz")
     model.add_argument("--nb-channels", type=int, choices=(1, 2), default=2, help="1: average the magnitudes")
     model.add_argument("--unidirectional", action="store_true", help="causal LSTM")
+    model.add_argument("--crossing", action="store_true", help="several targets: X-UMX, networks that share averages")
     return parser
 
 
@@ -265,7 +283,10 @@ def add_separation_options(parser: Parser) -> None:
     """What separate.py and evaluate.py share: the model and the filter."""
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--model", default="umxl", help="umx, umxhq, umxl, umxse; a folder of a model; a file of weights"
+        "--model",
+        nargs="+",
+        default=["umxl"],
+        help="umx, umxhq, umxl, umxse; a folder of a model; a file of weights; of several, estimates are averaged",
     )
     model.add_argument("--model-dir", help="folder of the files of a named model, for machines without network")
     model.add_argument("--targets", nargs="+", help="default: all that the model has")
@@ -279,6 +300,13 @@ def add_separation_options(parser: Parser) -> None:
         "--alpha", type=number(float, 0, True, MOST_ALPHA), default=1.0, help="exponent in the soft mask"
     )
     group.add_argument("--wiener-win-len", type=COUNT, default=300, help="frames filtered together; 0: all")
+    group.add_argument(
+        "--wiener-eps",
+        type=number(float, 0, upper=1),
+        default=1e-10,
+        metavar="EPS",
+        help="regularisation of the filter; 0: norbert's, 2.2e-16",
+    )
     group.add_argument("--residual", metavar="NAME", help="one more stem: the mixture less all estimates")
     group.add_argument("--aggregate", metavar="JSON", help='stems to add up, as {"rest": ["drums", "bass"]}')
     group.add_argument("--segment", type=number(float, 30), default=480.0, help="longer recordings are cut, in seconds")
@@ -286,7 +314,7 @@ def add_separation_options(parser: Parser) -> None:
 
 def separate_parser() -> Parser:
     parser = Parser(prog="separate.py", description="Separate recordings into stems.")
-    parser.add_argument("inputs", nargs="+", help="audio files, or folders of them")
+    parser.add_argument("inputs", nargs="*", help="audio files, or folders of them; before --model, if of several")
     parser.add_argument("--outdir", help="stems go to OUTDIR/<song>/; default: <song>_<model>/")
     parser.add_argument("--start", type=number(float, 0), default=0.0, help="seconds to skip")
     parser.add_argument("--duration", type=number(float, 0, True), help="seconds to separate; default: all")

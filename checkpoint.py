@@ -1,9 +1,9 @@
 """The checkpoint of a training: all that it needs to go on, in one file, checked whole before any of it is used.
 
-<target>.checkpoint.npz holds NumPy arrays: parameters/<name>, solver/<name>, statistics/<name>, all float32 but
-solver/step; and `meta`, the JSON of a dict of what `STATE` says. Its last 4 bytes, the comment of the archive, are the
-CRC-32 of all before, which costs a third of what SHA-256 does. The one before the last is kept as
-<target>.checkpoint.before.npz.
+<target>.checkpoint.npz holds NumPy arrays: parameters/<name>, solver/<name>, statistics/<name>, and of --ema
+average/<name>, all float32 but solver/step; and `meta`, the JSON of a dict of what `STATE` says. Its last 4 bytes, the
+comment of the archive, are the CRC-32 of all before, which costs a third of what SHA-256 does. The one before the last
+is kept as <target>.checkpoint.before.npz.
 """
 
 from __future__ import annotations  # unions, on Python 3.9
@@ -28,6 +28,8 @@ from args import train_parser
 from trained import STATISTICS, Model
 from utils import UsageError
 
+# Options that say what a training minimises.
+LOSS = ("loss", "mcoef", "combinations")
 # Options that shape the course of a training: they are those of its beginning.
 RECIPE = (
     "seq_dur",
@@ -38,9 +40,11 @@ RECIPE = (
     "lr_decay_patience",
     "lr_decay_gamma",
     "weight_decay",
+    "ema",
     "seed",
+    *LOSS,
 )
-# Those that say what it is trained on; one that an earlier version did not have has its default.
+# Those that say what it is trained on.
 DATASET = (
     "dataset",
     "input_file",
@@ -74,6 +78,7 @@ class Checkpoint(NamedTuple):
 
     path: Path
     parameters: dict
+    average: dict
     solver: dict
     state: dict
 
@@ -186,7 +191,8 @@ def _is(kind: type, lower: float, upper: float = 1e300) -> Callable:
 _COUNT = _is(int, 0, 2**53)
 _SIZE = _is(int, 1, 2**31)
 _NUMBER = _is(float, 0)
-_BEST = _is(float, 0, float("inf"))  # before the first validation
+_LOSS = _is(float, -1e300)  # of some, the less the better, below 0, too
+_BEST = _is(float, -1e300, float("inf"))  # before the first validation
 
 
 def _is_name(value):
@@ -206,8 +212,8 @@ STATE = {
             "n_fft": _SIZE,
             "n_hop": _SIZE,
         },
-        "train_loss_history": [_NUMBER],
-        "valid_loss_history": [_NUMBER],
+        "train_loss_history": [_LOSS],
+        "valid_loss_history": [_LOSS],
         "train_time_history": [_is(float, -1e300)],  # clocks are set back
         "lr_history": [_NUMBER],
         "epochs_trained": _COUNT,
@@ -216,7 +222,7 @@ STATE = {
     "scheduler": {"lr": _NUMBER, "best": _BEST, "num_bad_epochs": _COUNT, "cooldown": _COUNT},
     "stopping": {"best": _BEST, "num_bad_epochs": _COUNT},
     # the epoch that it is in, its steps so far, the sum of their losses, and what they took
-    "progress": {"epoch": _SIZE, "steps": _COUNT, "loss": _NUMBER, "seconds": _is(float, -1e300)},
+    "progress": {"epoch": _SIZE, "steps": _COUNT, "loss": _LOSS, "seconds": _is(float, -1e300)},
 }
 
 
@@ -248,7 +254,7 @@ def _checked(path, arrays, meta):
         )
     _check(meta, STATE, "meta")
     log, network, parser = meta["log"], meta["log"]["network"], train_parser()
-    for name in DATASET:
+    for name in ("ema", *LOSS, *DATASET):  # which earlier versions did not have
         log["args"].setdefault(name, parser.get_default(name))
     for name in RECIPE + DATASET:
         if not parser.accepts(name, log["args"][name]):
@@ -264,7 +270,7 @@ def _checked(path, arrays, meta):
     if epochs and not log["best_loss"] == meta["stopping"]["best"] == log["valid_loss_history"][best - 1]:
         raise ValueError("its best loss is not that of the best epoch")
 
-    groups = {"parameters": {}, "solver": {}, "statistics": {}}
+    groups = {"parameters": {}, "average": {}, "solver": {}, "statistics": {}}
     for key, value in arrays.items():
         group, _, name = key.partition("/")
         if key != "solver/step" and value.dtype != np.float32:
@@ -275,7 +281,10 @@ def _checked(path, arrays, meta):
             raise ValueError(f"the statistics {name} are not one number per bin")
     if groups["statistics"]:
         network["statistics"] = groups["statistics"]
-    return Checkpoint(path, groups["parameters"], groups["solver"], meta)
+    shapes = [{name: value.shape for name, value in groups[key].items()} for key in ("average", "parameters")]
+    if shapes[0] != (shapes[1] if log["args"]["ema"] else {}):
+        raise ValueError(f"its averages are not those of its parameters, with ema {log['args']['ema']}")
+    return Checkpoint(path, groups["parameters"], groups["average"], groups["solver"], meta)
 
 
 # ---------------------------------------------------------------------------------------------- saving
@@ -287,6 +296,7 @@ class Keeper:
     Args:
         path: of the checkpoint
         model, solver: what is trained
+        kept: the model whose weights are validated and kept, averages or the model itself
         state: see `STATE`; its dicts change while the training goes on
         every: seconds between checkpoints within an epoch
         asked: whether a signal has asked for the end
@@ -297,13 +307,14 @@ class Keeper:
         self,
         path: Path,
         model: Model,
+        kept: Model,
         solver: Any,
         state: dict,
         every: float,
         asked: Callable[[], bool],
         resumed: Path | None = None,
     ):
-        self.path, self.model, self.solver = path, model, solver
+        self.path, self.model, self.kept, self.solver = path, model, kept, solver
         self.state, self.every, self.asked = state, every, asked
         # A training that goes on from the one before: the last one is damaged, and does not become the one before.
         origin = resumed and resumed.resolve()
@@ -355,6 +366,8 @@ class Keeper:
             OSError: it cannot be written, or numbers are not finite; what was there is still there.
         """
         arrays = {f"parameters/{name}": value for name, value in self.model.arrays().items()}
+        if self.kept is not self.model:
+            arrays.update({f"average/{name}": value for name, value in self.kept.arrays().items()})
         arrays.update({f"solver/{name}": value for name, value in self.solver.moments().items()})
         # a sum, the cheapest way to see it; one that is beyond single precision is as bad
         if broken := [name for name, value in arrays.items() if not np.isfinite(np.sum(value))]:

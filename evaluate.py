@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 import context
 import files
+import folders
 import kernels.threads
 from args import evaluate_parser
 from audio import write
@@ -314,8 +315,9 @@ def prepare(evaldir: Path, subset: str, settings: dict) -> dict:
     earlier = files.read_json(summary)
     if not isinstance(earlier, dict) or not isinstance(earlier.get("settings"), dict):
         raise UsageError(f"{summary} is not what evaluate.py writes: choose another --evaldir")
+    former = {"wiener_eps": 1e-10, **earlier["settings"]}  # which earlier versions did not write
     for key, value in settings.items():
-        was = earlier["settings"].get(key)
+        was = former.get(key)
         if was != value:
             raise UsageError(f"{evaldir} holds scores with {key} {was!r:.200}, not {value!r}: choose another --evaldir")
     return earlier
@@ -373,8 +375,7 @@ def report(
 def main(argv: Sequence[str] | None = None) -> None:
     args = evaluate_parser().parse_args(argv)
     subset, split = ("train", "valid") if args.subset == "valid" else (args.subset, None)
-    name = Path(os.path.realpath(args.model)).stem
-    evaldir = Path(os.path.expanduser(args.evaldir or Path("evaluation", name)))
+    evaldir = Path(os.path.expanduser(args.evaldir or Path("evaluation", folders.name_of_models(args.model))))
     mus = database(args.root, args.is_wav, subset, split)
     loading = {
         "model": args.model,
@@ -388,6 +389,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "alpha": args.alpha,
         "residual": args.residual or False,
         "wiener_win_len": args.wiener_win_len or None,
+        "wiener_eps": args.wiener_eps or None,
         "context": args.context,
         "device_id": args.device_id,
         "segment": args.segment,
@@ -407,7 +409,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "n_hop": separator.n_hop,
         "museval": importlib.metadata.version("museval"),
         "mode": MODE,
-        **{key: loading[key] for key in ("niter", "softmask", "alpha", "residual", "wiener_win_len", "segment")},
+        **{key: loading[key] for key in ("niter", "softmask", "alpha", "residual")},
+        **{key: loading[key] for key in ("wiener_win_len", "wiener_eps", "segment")},
         "weights": fingerprint(separator),
     }
     files.writable_folder(evaldir)
@@ -431,7 +434,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         except KeyboardInterrupt:
             raise KeyboardInterrupt("interrupted: the same command continues") from None
         paths = [scorer.json(track) for track in mus.tracks if scorer.scored(track)]
-        summary = {"settings": settings, "model": args.model, "seconds_per_minute": earlier.get("seconds_per_minute")}
+        summary = {"settings": settings, "model": args.model if len(args.model) > 1 else args.model[0]}
+        summary["seconds_per_minute"] = earlier.get("seconds_per_minute")
         is_whole = report(results, paths, labels, evaldir, args.subset, summary, cores)
     if not is_whole:
         sys.exit(1)

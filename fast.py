@@ -5,12 +5,15 @@ functions.py has their meaning, their plain forms and what chooses; arguments ar
 Shapes: T = nb_frames, N = nb_samples, C = nb_channels, F = nb_bins.
 """
 
+from collections.abc import Callable
+
 import nnabla as nn
 import nnabla.functions as F
 import numpy as np
 from nnabla.function import PythonFunction, UnsafeVariable
 
 import kernels.affine
+import kernels.correlations
 import kernels.lstm
 import kernels.normalization
 import kernels.products
@@ -112,6 +115,37 @@ class Spectrogram(_Function):
     def backward_impl(self, inputs: Variables, outputs: Variables, propagate_down: list, accum: list) -> None:
         if propagate_down[0]:
             raise NotImplementedError("the fast spectrogram has no gradient towards the audio: use the plain form")
+
+
+class Waveforms(_Function):
+    """Inputs: audio, then magnitudes; outputs: of each magnitude, audio."""
+
+    def __init__(self, nb_targets: int, n_fft: int, n_hop: int):
+        super().__init__()
+        self.nb_targets, self.options = nb_targets, (n_fft, n_hop)
+
+    def min_outputs(self) -> int:
+        return self.nb_targets
+
+    def setup_impl(self, inputs: Variables, outputs: Variables) -> None:
+        for output in outputs:
+            output.reset_shape(inputs[0].shape, True)
+
+    def forward_impl(self, inputs: Variables, outputs: Variables) -> None:
+        x, *magnitudes = (_read(v) for v in inputs)
+        kernels.spectra.waveforms(magnitudes, x, *self.options, [_write(v) for v in outputs])
+
+    def grad_depends_input_data(self, i: int, j: int) -> bool:
+        return j == 0
+
+    def backward_impl(self, inputs: Variables, outputs: Variables, propagate_down: list, accum: list) -> None:
+        dy = [v.grad.get_data("r", np.float32) for v in outputs]
+        wanted = [i for i in range(1, len(inputs)) if propagate_down[i]]
+        gradients = [_gradient(inputs[i], accum[i]) for i in wanted]
+        dy, add = [dy[i - 1] for i in wanted], [accum[i] for i in wanted]
+        kernels.spectra.waveforms_backward(dy, _read(inputs[0]), *self.options, gradients, add)
+        if propagate_down[0]:
+            _store(inputs[0], accum[0], np.zeros(inputs[0].shape, np.float32))
 
 
 # ------------------------------------------------------------------------------------------- network
@@ -326,3 +360,47 @@ class SquaredError(_Function):
         for i, sign in enumerate((1, -1)):
             if propagate_down[i]:
                 kernels.training.difference(a, b, sign * factor, _gradient(inputs[i], accum[i]).reshape(-1), accum[i])
+
+
+class _Correlated(_Function):
+    """A loss that is a function of inner products, and its gradient towards inputs first … last; 0 towards others.
+
+    `loss` maps `kernels.correlations.gram` of the inputs, in samples start … stop, to both.
+    """
+
+    def __init__(self, loss: Callable, first: int, last: int, start: int, stop: int):
+        super().__init__()
+        self.loss, self.estimates, self.samples = loss, range(first, last), (start, stop)
+
+    def output_shape(self, *shapes: tuple) -> tuple:
+        return ()
+
+    def forward_impl(self, inputs: Variables, outputs: Variables) -> None:
+        products = kernels.correlations.gram([_read(v) for v in inputs], *self.samples)
+        _write(outputs[0])[...], self.weights = self.loss(products)
+
+    def backward_impl(self, inputs: Variables, outputs: Variables, propagate_down: list, accum: list) -> None:
+        wanted = [i for i in self.estimates if propagate_down[i]]
+        weights = self.weights[:, :, [i - self.estimates.start for i in wanted]]
+        weights = weights * outputs[0].grad.get_data("r", np.float32)
+        gradients, add = [_gradient(inputs[i], accum[i]) for i in wanted], [accum[i] for i in wanted]
+        kernels.correlations.mix(weights, [_read(v) for v in inputs], *self.samples, gradients, add)
+        for i, variable in enumerate(inputs):
+            if propagate_down[i] and i not in self.estimates:
+                _store(variable, accum[i], np.zeros(variable.shape, np.float32))
+
+
+def negative_sdr(y_hat: nn.Variable, y: nn.Variable, start: int, stop: int, eps: float) -> nn.Variable:
+    def loss(products):
+        return kernels.correlations.sdr(products, stop - start, eps)
+
+    return _Correlated(loss, 0, 1, start, stop)(y_hat, y)
+
+
+def weighted_sdr(
+    x: nn.Variable, estimates: list[nn.Variable], targets: list[nn.Variable], sets: np.ndarray, start: int, stop: int
+) -> nn.Variable:
+    def loss(products):
+        return kernels.correlations.weighted_sdr(products, sets)
+
+    return _Correlated(loss, 1, 1 + len(estimates), start, stop)(x, *estimates, *targets)

@@ -6,6 +6,7 @@ and what a separator needs to know besides.
 """
 
 import glob
+import os
 import re
 from pathlib import Path
 from typing import Optional, Union
@@ -28,6 +29,11 @@ def in_order(targets: list) -> list:
 def name_of(targets: list) -> str:
     """The name, without its ending, of the files of a network of these targets."""
     return "+".join(targets)
+
+
+def name_of_models(models: list) -> str:
+    """What results of one model, or of several together, are named after."""
+    return "+".join(Path(os.path.realpath(model)).stem for model in models)
 
 
 def check_targets(targets: list) -> None:

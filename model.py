@@ -187,18 +187,21 @@ def _name(name, target):
 
 
 class JointOpenUnmix(OpenUnmix):
-    """X-UMX (Sawata et al., All for One and One for All, ICASSP 2021): networks of all targets, with bridges.
+    """Networks of all targets, side by side; if `crossing`, X-UMX (Sawata et al., All for One and One for All, 2021).
 
-    Before and after the LSTMs, each network goes on with the average over all of them. Any number of targets, any
+    Then each network goes on with the average over all of them, before and after the LSTMs. Any number of targets, any
     names; the first component of a parameter's name carries its target: fc1_bass/affine/W. Other arguments are
     those of OpenUnmix.
 
     Raises:
-        ValueError: no targets, or names that parameters cannot carry.
+        ValueError: no targets, or names that parameters cannot carry; `crossing` is neither True nor False.
     """
 
-    def __init__(self, targets: Sequence[str], **options):
+    def __init__(self, targets: Sequence[str], crossing: bool = True, **options):
         super().__init__(**options)
+        if not isinstance(crossing, (bool, np.bool_)):
+            raise ValueError(f"crossing {crossing!r} is neither True nor False")
+        self.crossing = bool(crossing)
         if isinstance(targets, str) or not all(isinstance(target, str) for target in targets):
             raise ValueError(f"targets {targets!r} are not a sequence of names")
         self.targets = tuple(targets)
@@ -214,9 +217,12 @@ class JointOpenUnmix(OpenUnmix):
 
     def encode(self, X: nn.Variable, test: bool = False) -> dict:
         """Features of all targets, {target: variable}."""
-        h = self._average(self._reduce(X, test, target) for target in self.targets)
-        s = self._average(self._recur(h, test, target) for target in self.targets)
-        return {target: self._combine(h, s, test, target) for target in self.targets}
+        h = self._bridged({target: self._reduce(X, test, target) for target in self.targets})
+        s = self._bridged({target: self._recur(h[target], test, target) for target in self.targets})
+        return {target: self._combine(h[target], s[target], test, target) for target in self.targets}
 
-    def _average(self, variables):
-        return sum(variables) / len(self.targets)
+    def _bridged(self, variables):
+        """Of each target its own variable, or the average of all."""
+        if not self.crossing:
+            return variables
+        return dict.fromkeys(self.targets, sum(variables.values()) / len(self.targets))

@@ -20,8 +20,10 @@ import numpy as np
 
 import audio
 import context
+import ensemble
 import files
 import filtering
+import folders
 import functions
 import kernels.spectra
 import kernels.threads
@@ -31,6 +33,8 @@ from audio import check_channels, check_rate, check_samples, resample
 from context import extension_context
 from stems import check_places, checked_aggregate, checked_subtype, write_stems
 from utils import UsageError
+
+SMALLEST_EPS = float(np.finfo(np.float64).eps)  # of the Wiener filter: norbert's default
 
 # -------------------------------------------------------------------------------------- separator
 
@@ -43,7 +47,7 @@ class Separator:
     `overlap`, with a crossfade, so that memory stays bounded.
 
     Args:
-        models: with the same STFT, or all in the time domain
+        models: with the same STFT, or all in the time domain; estimates of a target that several have are averaged
         targets: which of their targets to estimate, in this order; None: all
         niter: iterations of the Wiener filter's EM; of no use, so left out, if there is only one source
         softmask: start the EM from a soft mask rather than from the mixture's phase
@@ -52,6 +56,7 @@ class Separator:
         wiener_win_len: frames that are filtered together; None: all (of a segment)
         context: "cpu", "cudnn" or None for cudnn where it works
         segment, overlap: in seconds, made whole windows of the filter (13.9 s of overlap for the defaults at 44.1 kHz)
+        wiener_eps: regularisation of the filter, openunmix' 1e-10; None: norbert's, the precision of float64, 2.2e-16
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class Separator:
         device_id: str = "0",
         segment: float = 480.0,
         overlap: float = 10.0,
+        wiener_eps: float | None = 1e-10,
     ):
         if not models or not all(isinstance(model, trained.Model) for model in models):
             raise UsageError("expected a list of models, as trained.load_models gives them")
@@ -80,10 +86,12 @@ class Separator:
             )
         if not _is(numbers.Real, alpha) or not 0 < alpha <= MOST_ALPHA:
             raise UsageError(f"alpha is {alpha!r}: expected more than 0, at most {MOST_ALPHA}")
+        if wiener_eps is not None and not (_is(numbers.Real, wiener_eps) and SMALLEST_EPS <= wiener_eps <= 1):
+            raise UsageError(f"wiener_eps is {wiener_eps!r}: expected {SMALLEST_EPS:.3g} to 1, or None for the least")
         if not isinstance(residual, (bool, str)):
             raise UsageError(f"residual is {residual!r}: expected True, False or a name")
         self.models = list(models)
-        known = [target for model in models for target in model.targets]
+        known = list(dict.fromkeys(target for model in models for target in model.targets))
         self.targets = _names(targets) or known
         if unknown := [target for target in self.targets if target not in known]:
             raise UsageError(f"the models have no target {unknown[0]!r}: they have {', '.join(known)}")
@@ -108,6 +116,7 @@ class Separator:
         self.niter = niter if len(self.sources) > 1 else 0
         self.softmask, self.alpha, self.residual = softmask, alpha, bool(residual)
         self.wiener_win_len = wiener_win_len and min(wiener_win_len, 2**40)
+        self.wiener_eps = SMALLEST_EPS if wiener_eps is None else float(wiener_eps)
         self.context = extension_context(context, device_id)
         segment, overlap = min(segment, 1e9), min(overlap, 4e8)  # more is no recording, and less than infinity
         # whole windows of the filter, so that a segment's windows are those of the whole recording
@@ -118,7 +127,7 @@ class Separator:
     @classmethod
     def load(
         cls,
-        model: str | Path = "umxl",
+        model: str | Path | Sequence[str | Path] = "umxl",
         targets: str | Sequence[str] | None = None,
         niter: int = 1,
         softmask: bool = False,
@@ -132,15 +141,14 @@ class Separator:
         quiet: bool = True,
         **options,
     ) -> Separator:
-        """A Separator of a named, or of one's own, model; arguments as of `trained.load_models` and Separator.
+        """A Separator of a named, or of one's own, model; arguments as of `ensemble.load_models` and Separator.
 
-        `network`, "FILE.py:CLASS", names the class of a network that is not ours again, whose file is run.
+        Of several models, estimates are averaged; each has all of the targets. `network`, "FILE.py:CLASS", names the
+        class of a network that is not ours again, whose file is run.
         """
-        if not isinstance(model, (str, os.PathLike)):
-            raise UsageError(f"model is {model!r}: expected a name, a folder or a file")
         targets = _names(targets) or None
         network = trained.read_network(network, network_options)
-        models, _ = trained.load_models(model, targets, model_dir, network, quiet)
+        models = ensemble.load_models(model, targets, model_dir, network, quiet)
         options.update(niter=niter, softmask=softmask, residual=residual)
         return cls(models, targets, wiener_win_len=wiener_win_len, context=context, **options)
 
@@ -235,7 +243,7 @@ class Separator:
             twice = len(part) < self.nb_channels
             with self._graphs():
                 audio = nn.Variable.from_numpy_array((np.concatenate([part, part]) if twice else part)[None])
-                estimates = {target: y[0] for target, (_, y) in self._features(audio).items()}
+                estimates = ensemble.waveforms(ensemble.encode(self.models, self.targets, audio))
             for stem, target in zip(stems, self.targets):
                 stem[k : k + len(part)] = estimates[target].mean(axis=0) if twice else estimates[target]
         if self.residual:
@@ -256,10 +264,12 @@ class Separator:
             spectra = kernels.spectra.stft(x, self.n_fft, self.n_hop, start, min(start + window, nb_frames))
             X = kernels.spectra.magnitude(spectra, self.nb_channels == 1)
             with self._graphs():
-                v = self._decode(X, features, start)
+                v = ensemble.magnitudes(features, X, start)
+                if self.alpha != 1:
+                    v **= np.float32(self.alpha)
             if y is None or y.shape[2] != v.shape[1]:
                 y = np.empty((len(self.sources),) + spectra.shape, np.complex64)  # the memory of all windows
-            filtering.source_spectra(v, spectra, self.niter, self.softmask, self.residual, out=y)
+            filtering.source_spectra(v, spectra, self.niter, self.softmask, self.residual, self.wiener_eps, out=y)
             del spectra, X, v  # before the next ones come
             yield y.mean(axis=1, keepdims=True) if nb_channels < len(x) else y
 
@@ -270,40 +280,15 @@ class Separator:
             yield
 
     def _encode(self, x):
-        """{target: (its model, features of all frames)}."""
+        """Features of all frames, see ensemble.py."""
         audio = nn.Variable.from_numpy_array(x[None])
         X = functions.spectrogram(audio, self.n_fft, self.n_hop, center=True, mono=self.nb_channels == 1)
         X.forward()
         X = X.get_unlinked_variable(need_grad=False)  # an input of the graphs to come
-        features = self._features(X)
+        features = ensemble.encode(self.models, self.targets, X)
         del audio, X
         nnabla_ext.cpu.clear_memory_cache()  # the spectrogram's memory: it is the largest, and comes only once
         return features
-
-    def _features(self, x):
-        """{target: (its model, what its network makes of all of x)}, for the targets that are wanted."""
-        features = {}
-        for model in self.models:
-            if any(target in self.targets for target in model.targets):
-                hidden = model.encode(x)
-                nn.forward_all([h for h in hidden.values() if h.parent], clear_buffer=True)  # x itself has none
-                for target, h in hidden.items():
-                    features[target] = model, h.data.get_data("r", np.float32).copy()
-                del hidden
-        return features
-
-    def _decode(self, X, features, start):
-        """Estimates (nb_targets, window, nb_channels, nb_bins) of the frames X of the mixture, from `start` on."""
-        v = np.empty((len(self.targets), len(X)) + X.shape[2:], np.float32)
-        mixture = nn.Variable.from_numpy_array(X)
-        for estimate, target in zip(v, self.targets):
-            model, h = features[target]
-            Y = model.decode(target, nn.Variable.from_numpy_array(h[start : start + len(X)]), mixture)
-            if Y.parent:  # else these are the features themselves
-                Y.forward(clear_buffer=True)
-            # a magnitude is not negative, which a network that is not ours need not know
-            np.maximum(Y.data.get_data("r", np.float32)[:, 0], 0, out=estimate)
-        return v ** np.float32(self.alpha) if self.alpha != 1 else v
 
 
 def _is(kind, value):
@@ -364,6 +349,10 @@ class OverlapAdd:
 @utils.command
 def main(argv: Sequence[str] | None = None) -> None:
     args = separate_parser().parse_args(argv)
+    if not args.inputs:  # behind a model: "--model umxhq song.mp3"
+        args.model, args.inputs = args.model[:1], args.model[1:]
+    if not args.inputs:
+        raise UsageError("which recordings? python separate.py song.mp3 --model umxhq")
     checked_subtype(args.ext, args.subtype)
     recordings = audio.recordings(args.inputs)
     context.use(args.context, args.device_id, args.plain, args.threads)
@@ -379,12 +368,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         alpha=args.alpha,
         residual=args.residual or False,
         wiener_win_len=args.wiener_win_len or None,
+        wiener_eps=args.wiener_eps or None,
         context=args.context,
         device_id=args.device_id,
         segment=args.segment,
     )
     aggregate = checked_aggregate(separator, args.aggregate)
-    outdir, model = args.outdir and os.path.expanduser(args.outdir), Path(args.model).resolve().stem
+    outdir, model = args.outdir and os.path.expanduser(args.outdir), folders.name_of_models(args.model)
     songs = [(path, Path(outdir, name) if outdir else Path(f"{name}_{model}")) for path, name in recordings]
     check_places(songs, aggregate or separator.sources, args.ext)
     failures = set()

@@ -1,4 +1,4 @@
-"""The optimizer of the recipe: Adam with L2 weight decay, as torch.optim.Adam computes it."""
+"""What changes weights after each step: Adam with L2 weight decay, as torch.optim.Adam computes it; their average."""
 
 import nnabla as nn
 import nnabla.solvers as S
@@ -125,3 +125,28 @@ def Adam(parameters: dict[str, nn.Variable], lr: float = 1e-3, weight_decay: flo
         weight_decay: times the parameter is added to its gradient
     """
     return (_FastAdam if context.fast() else _PlainAdam)(parameters, lr, weight_decay)
+
+
+@context.exclusive()
+def average(averages: dict[str, nn.Variable], values: dict[str, nn.Variable], decay: float, step: int) -> None:
+    """After step t, take its values into averages over all steps, of which each weighs `decay` times the next one,
+
+        a_t = (1 − decay) / (1 − decayᵗ) · Σ_s decay^(t − s) w_s,    s = 1 … t.
+
+    It is a = decay · a + (1 − decay) · w from a = 0 on, with Adam's correction of what begins at zero: Kingma & Ba
+    2015, section 7.2, after Polyak & Juditsky 1992; Demucs does so, too. What they hold before step 1 does not count.
+
+    Args:
+        averages, values: name -> variable, of the same names and shapes
+        decay: 0 ≤ decay < 1
+        step: t, 1 for the first
+    """
+    rate = (1 - decay) / (1 - decay**step)
+    if context.fast():
+        pairs = [(averages[name].data, value.data) for name, value in values.items()]
+        pairs = [(a.get_data("rw", np.float32), w.get_data("r", np.float32)) for a, w in pairs]
+        kernels.training.approach([(a.reshape(-1), w.reshape(-1)) for a, w in pairs], rate)
+        return
+    for name, value in values.items():
+        array = averages[name].data
+        array += rate * (value.data - array)

@@ -1,4 +1,4 @@
-"""Train a network for one target: ``python train.py --context cudnn --target bass --root MUSDB18``.
+"""Train a network for one target, or several: ``python train.py --context cudnn --target bass --root MUSDB18``.
 
 Writes into the output folder: <target>.h5 (best weights), <target>.json (arguments, versions, losses),
 <target>.png (loss curves), <target>.checkpoint.npz (all that resuming needs), separator.json, monitor/ (the losses as
@@ -12,7 +12,7 @@ import functools
 import io
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import utils
@@ -29,34 +29,29 @@ import context
 import data
 import files
 import folders
-import functions
+import losses
 import randomness
+import solvers
 import trained
 import weights
 from args import train_parser
 from checkpoint import Keeper
-from solvers import Adam
 from trained import Model
 from utils import UsageError
 
-NETWORK = ("hidden_size", "bandwidth", "unidirectional")  # options of our own network
+NETWORK = ("hidden_size", "bandwidth", "unidirectional", "crossing")  # options of our own network
 
 
 # --------------------------------------------------------------------------------- one epoch
 
 
 class Graph:
-    """The static graph of the loss for one shape of audio; graphs of a model share its parameters.
-
-    The loss is the mean squared error in the domain of the network, summed over its targets.
-    """
+    """The static graph of a loss for one shape of audio; graphs of a model share its parameters."""
 
     @context.exclusive()
-    def __init__(self, model: Model, shape: tuple, test: bool):
+    def __init__(self, model: Model, shape: tuple, test: bool, loss: Callable = losses.mse):
         self.x, self.y = nn.Variable(shape), [nn.Variable(shape) for _ in model.targets]
-        estimates = model.estimates(model.represent(self.x), test).values()
-        errors = [functions.squared_error(y_hat, model.represent(y)) for y_hat, y in zip(estimates, self.y)]
-        self.loss = sum(errors[1:], errors[0])
+        self.loss = loss(losses.Signals(model, self.x, dict(zip(model.targets, self.y)), test))
 
     @context.exclusive()
     def forward(self, x: np.ndarray, y: np.ndarray, **clear) -> None:
@@ -77,14 +72,14 @@ def train_step(graph: Graph, x: np.ndarray, y: np.ndarray, solver) -> float:
     return float(graph.loss.d)
 
 
-def validate(model: Model, tracks: Iterable) -> float:
+def validate(model: Model, tracks: Iterable, loss: Callable = losses.mse) -> float:
     """Mean of the losses of a validation set, pairs of mixture and target."""
-    losses = utils.AverageMeter()
+    average = utils.AverageMeter()
     for x, y in tracks:
-        graph = Graph(model, (1,) + x.shape, test=True)  # tracks differ in length: a graph each, freed at once
+        graph = Graph(model, (1,) + x.shape, True, loss)  # tracks differ in length: a graph each, freed at once
         graph.forward(x[None], y[None], clear_buffer=True)
-        losses.update(float(graph.loss.d))
-    return losses.average
+        average.update(float(graph.loss.d))
+    return average.average
 
 
 def seed_nnabla(purpose: str, **key: int) -> None:
@@ -145,6 +140,7 @@ def adopt_network(settings: dict, given: set, model: Model, origin: str | Path) 
     own = model.name in trained.OWN
     if own:
         recorded.update(hidden_size=model.net.hidden_size, unidirectional=model.net.unidirectional)
+        recorded["crossing"] = getattr(model.net, "crossing", False)
         rate, n_fft, max_bin = model.sample_rate, model.n_fft, model.net.max_bin
         if "bandwidth" not in given:
             settings["bandwidth"] = (max_bin - 1) * rate / n_fft
@@ -172,6 +168,14 @@ def continued_model(resumed: checkpoint.Checkpoint, targets: list | None, networ
         raise UsageError(f"{resumed.path}: {error}") from None
 
 
+def averaged_model(model: Model, resumed: checkpoint.Checkpoint | None) -> Model:
+    """A model like this one, for averages of its weights."""
+    try:
+        return Model(model.description, type(model.net), resumed.average if resumed else model.get_parameters())
+    except ValueError as error:
+        raise UsageError(f"{resumed.path}: its averages: {error}") from None
+
+
 def load_model(settings: dict, targets: list, network: trained.Network | None) -> Model:
     """The trained model of --model, with all of the targets and no others."""
     models, _ = trained.load_models(settings["model"], targets, network=network, quiet=settings["quiet"])
@@ -190,7 +194,12 @@ def describe(settings: dict, targets: list, network: trained.Network | None, sam
     max_bin = utils.bandwidth_to_max_bin(sample_rate, settings["nfft"], settings["bandwidth"])
     options = {"hidden_size": settings["hidden_size"], "nb_layers": 3, "max_bin": max_bin}
     options["unidirectional"] = settings["unidirectional"]
-    return {**description, "class": "OpenUnmix", "options": options}, trained.OWN["OpenUnmix"]
+    if len(targets) == 1:
+        if settings["crossing"]:
+            raise UsageError("--crossing bridges the networks of several --targets")
+        return {**description, "class": "OpenUnmix", "options": options}, trained.OWN["OpenUnmix"]
+    options["crossing"] = settings["crossing"]
+    return {**description, "class": "JointOpenUnmix", "options": options}, trained.OWN["JointOpenUnmix"]
 
 
 # ------------------------------------------------------------------------------------- pictures
@@ -205,7 +214,9 @@ def plot_losses(path: Path, log: dict) -> None:
     axes.plot(epochs, log["train_loss_history"], ".-", label="training")
     axes.plot(epochs, log["valid_loss_history"], ".-", label="validation")
     axes.axvline(log["best_epoch"], color="gray", lw=0.8, ls=":", label=f"best epoch ({log['best_epoch']})")
-    axes.set(xlabel="epoch", ylabel="mean squared error", yscale="log", title=" + ".join(log["network"]["targets"]))
+    is_positive = min(log["train_loss_history"] + log["valid_loss_history"]) > 0
+    axes.set(xlabel="epoch", ylabel=f"loss: {log['args']['loss']}", title=" + ".join(log["network"]["targets"]))
+    axes.set_yscale("log" if is_positive else "linear")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     stream = io.BytesIO()
@@ -228,7 +239,7 @@ def write_log(output: Path, name: str, log: dict) -> None:
 
 @utils.command
 def main(argv=None):
-    options, given = train_parser([*data.AUGMENTATIONS, data.REMIX]).parse(argv)
+    options, given = train_parser([*data.AUGMENTATIONS, data.REMIX], losses.LOSSES).parse(argv)
     args, quiet = vars(options), options.quiet
     args["targets"] = targets = data.choose_targets(args, given)
     folders.check_targets(targets)
@@ -236,6 +247,8 @@ def main(argv=None):
     if args["network"] and (own := sorted(given & set(NETWORK))):
         raise UsageError(f"{_option(own[0])} is an option of our own network: --network-options has those of --network")
     network = trained.read_network(args["network"], args["network_options"])
+    if own_loss := losses.read(args["loss"]):
+        args["loss"] = own_loss.name
 
     device = context.use(args["context"], args["device_id"], args["plain"], args["threads"])
     nn.set_default_context(device)
@@ -249,6 +262,7 @@ def main(argv=None):
         log, origin = resumed.state["log"], resumed.path
         adopt(args, given, {key: log["args"][key] for key in checkpoint.RECIPE + checkpoint.DATASET}, origin)
         data.choose_targets(args, given)  # once more, of the dataset of the beginning
+    loss_of = losses.choose(args["loss"], {name: args[name] for name in losses.OPTIONS}, given, own_loss)
     seed_nnabla("initial weights", seed=args["seed"])
     if resumed:
         model = continued_model(resumed, targets if given & {"target", "targets"} else None, network)
@@ -274,7 +288,8 @@ def main(argv=None):
     for note in train_source.notes + valid_source.notes:
         print(note, file=sys.stderr)
     rate, nb_channels = train_source.sample_rate, train_source.nb_channels
-    if min(train_source.shortest(), valid_source.shortest()) < args["nfft"]:
+    shortest = min(train_source.shortest(), valid_source.shortest())
+    if shortest < args["nfft"]:
         raise UsageError(f"a track, or --seq-dur {seq_dur}, is shorter than one frame of --nfft {args['nfft']} samples")
     if model and model.sample_rate != rate:
         raise UsageError(f"{origin} is for {model.sample_rate} Hz, the tracks have {rate} Hz")
@@ -295,7 +310,9 @@ def main(argv=None):
             raise UsageError(str(error)) from None
     if model.domain == "audio" and args["nb_channels"] != nb_channels:
         raise UsageError(f"the tracks have {nb_channels} channels, the network takes audio of {args['nb_channels']}")
-    solver = Adam(model.variables(), args["lr"], args["weight_decay"])
+    losses.check(args["loss"], loss_of, model, (1, nb_channels, shortest))
+    solver = solvers.Adam(model.variables(), args["lr"], args["weight_decay"])
+    kept = averaged_model(model, resumed) if args["ema"] else model  # whose weights are validated and saved
     scheduler = utils.ReduceLROnPlateau(args["lr"], args["lr_decay_gamma"], args["lr_decay_patience"])
     stopping = utils.EarlyStopping(args["patience"])
     progress = {"epoch": 1, "steps": 0, "loss": 0.0, "seconds": 0.0}  # of the epoch: see checkpoint.py
@@ -337,9 +354,9 @@ def main(argv=None):
         asked = held.enter_context(utils.postponed())
         held.enter_context(np.errstate(all="ignore"))  # a training that diverges ends with a line
         every = 60 * args["checkpoint_every"]
-        keeper = Keeper(checkpoint.path_of(output, name), model, solver, state, every, asked, resumed and origin)
+        keeper = Keeper(checkpoint.path_of(output, name), model, kept, solver, state, every, asked, resumed and origin)
         # the last batch of an epoch may be smaller; of whole tracks, each has another shape
-        graph_of = functools.lru_cache(maxsize=2)(lambda shape: Graph(model, shape, test=False))
+        graph_of = functools.lru_cache(maxsize=2)(lambda shape: Graph(model, shape, False, loss_of))
         last = log["epochs_trained"] if stopping.stop else args["epochs"]
         epochs = tqdm(range(log["epochs_trained"] + 1, last + 1), "Epochs", disable=quiet)
         for epoch in epochs:
@@ -350,6 +367,8 @@ def main(argv=None):
                 with context.exclusive():
                     seed_nnabla("dropout", seed=args["seed"], epoch=epoch, step=progress["steps"])
                     loss = train_step(graph_of(x.shape), x, y, solver)
+                    if args["ema"]:
+                        solvers.average(kept.variables(False), model.variables(False), args["ema"], solver.step)
                 if not np.isfinite(loss):
                     raise OSError(
                         f"the loss of epoch {epoch}, step {progress['steps'] + 1} is {loss}: try a smaller --lr"
@@ -358,7 +377,7 @@ def main(argv=None):
 
             seed_nnabla("dropout", seed=args["seed"], epoch=epoch, step=progress["steps"])
             train_loss = progress["loss"] / progress["steps"]
-            valid_loss = validate(model, keeper.between(valid_source.items()))
+            valid_loss = validate(kept, keeper.between(valid_source.items()), loss_of)
             if not np.isfinite(valid_loss):
                 raise OSError(f"the validation loss of epoch {epoch} is {valid_loss}: try a smaller --lr")
 
@@ -374,7 +393,7 @@ def main(argv=None):
             progress.update(epoch=epoch + 1, steps=0, loss=0.0, seconds=0.0)
             if improved:
                 log["best_epoch"] = epoch
-                weights.save(output / f"{name}.h5", model.arrays(), model.description)
+                weights.save(output / f"{name}.h5", kept.arrays(), kept.description)
                 folders.write_config(output, model.config, targets)  # with the targets, now that they have weights
             keeper.save()
             write_log(output, name, log)

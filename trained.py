@@ -8,16 +8,14 @@ A network is described by a dict, which its file of weights carries:
     nb_channels, sample_rate, n_fft, n_hop
     statistics    {input_mean, input_scale}, arrays (nb_bins,), if the class is not ours and takes them
 
-Files that bring none (torch's, Sony's) are those of `model.OpenUnmix`, or of its joint relative: their weights tell.
+Files that bring none (torch's, Sony's) are those of `model.OpenUnmix`, or of X-UMX: their weights tell.
 """
 
 import collections
 import contextlib
-import importlib.util
 import inspect
 import os
 import sys
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Optional, Union
@@ -27,11 +25,12 @@ import numpy as np
 
 import context
 import folders
+import foreign
 import functions
 import pretrained
 import weights
 from model import JointOpenUnmix, OpenUnmix
-from utils import UsageError, lacks_memory
+from utils import UsageError
 
 OWN = {"OpenUnmix": OpenUnmix, "JointOpenUnmix": JointOpenUnmix}
 COMMON = ("targets", "nb_channels", "sample_rate", "n_fft", "n_hop")  # arguments of every network
@@ -59,43 +58,10 @@ def read_network(name: Optional[str], options: Optional[dict] = None) -> Optiona
         if options is not None:
             raise UsageError("--network-options are for a --network of one's own")
         return None
-    file, colon, cls = name.rpartition(":")
-    path = Path(file).expanduser()
-    if not colon or not file or not cls.isidentifier():
-        raise UsageError(f"--network {name}: expected FILE.py:CLASS")
-    if not path.is_file():
-        raise UsageError(f"--network {name}: there is no file {path}")
-    module_name = f"network_{path.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    if spec is None:
-        raise UsageError(f"--network {name}: {path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    folder = str(path.resolve().parent)
-    with context.exclusive():  # two threads must not change the path at once
-        sys.modules[module_name] = module  # where dataclasses and the like look their module up
-        if is_new := folder not in sys.path:
-            sys.path.append(folder)  # behind our own: the file may import its neighbours
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            raise UsageError(_located(error, path, f"--network {name}")) from error
-        finally:
-            if is_new and folder in sys.path:  # which the file may have changed
-                sys.path.remove(folder)
-    found = getattr(module, cls, None)
+    path, cls, found = foreign.read("--network", name, "CLASS")
     if not inspect.isclass(found):
         raise UsageError(f"--network {name}: {path} has no class {cls}")
     return Network(f"{path.name}:{cls}", found, options)
-
-
-def _located(error, path, what):
-    """One line for an error in a file that is not ours: where it is there, and what it says."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
-    if isinstance(error, SyntaxError) and error.filename == str(path):
-        lines = [error.lineno]
-    where = f"{path}, line {lines[-1]}" if lines else str(path)
-    return " ".join(f"{what}: {where}: {type(error).__name__}: {error}".split())
 
 
 def arguments(cls: type) -> tuple:
@@ -202,15 +168,10 @@ class Model:
 
     def _run(self, what, function, *args, **options):
         """Call code that need not be ours: its errors say where they are, in one line."""
-        try:
+        if self.name in OWN:
             return function(*args, **options)
-        except UsageError:
-            raise
-        except Exception as error:
-            if self.name in OWN or lacks_memory(error):
-                raise
-            path = Path(inspect.getsourcefile(type(self.net) if hasattr(self, "net") else function))
-            raise UsageError(_located(error, path, f"{self.name}: {what}")) from error
+        path = Path(inspect.getsourcefile(type(self.net) if hasattr(self, "net") else function))
+        return foreign.call(path, f"{self.name}: {what}", function, *args, **options)
 
     @contextlib.contextmanager
     def parameter_scope(self) -> Iterator[None]:
@@ -218,10 +179,10 @@ class Model:
         with context.exclusive(), nn.parameter_scope("", self.scope):
             yield
 
-    def variables(self) -> dict:
-        """The parameters that are learnt, name -> variable."""
+    def variables(self, grad_only: bool = True) -> dict:
+        """The parameters that are learnt, or all, name -> variable."""
         with self.parameter_scope():
-            return nn.get_parameters()
+            return nn.get_parameters(grad_only=grad_only)
 
     def arrays(self) -> dict:
         """All parameters, name -> float32 array: NNabla's own memory, for who is done with it before the next step."""
@@ -311,6 +272,7 @@ def described(parameters: dict, targets: list, n_hop: int, sample_rate: float) -
     sizes = weights.describe(parameters)
     joint = [target for target in weights.by_target(parameters) if target]
     options = {name: sizes[name] for name in ("hidden_size", "nb_layers", "max_bin", "unidirectional")}
+    options.update({"crossing": True} if joint else {})
     description = {"class": "JointOpenUnmix" if joint else "OpenUnmix", "options": options}
     description.update(targets=joint or list(targets), nb_channels=sizes["nb_channels"], sample_rate=sample_rate)
     description.update(n_fft=2 * (sizes["nb_bins"] - 1), n_hop=n_hop)

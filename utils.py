@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib.metadata
 import logging
+import math
 import numbers
 import os
 import platform
@@ -307,7 +308,8 @@ class ReduceLROnPlateau:
     """Learning rate times `factor` after more than `patience` epochs without a loss lower by `threshold`.
 
     The rule of torch.optim.lr_scheduler.ReduceLROnPlateau (mode "min", relative threshold): epochs
-    of the `cooldown` after a reduction do not count as bad. `state` is all that resuming needs.
+    of the `cooldown` after a reduction do not count as bad. Of losses below 0, torch would take one that is higher by
+    less than the threshold for a better one; here it is not. `state` is all that resuming needs.
     """
 
     def __init__(self, lr: float, factor: float, patience: int, cooldown: int = 10, threshold: float = 1e-4):
@@ -318,7 +320,7 @@ class ReduceLROnPlateau:
     def step(self, loss: float) -> float:
         """Take an epoch's loss; returns the learning rate of the next epoch."""
         state = self.state
-        if loss < state["best"] * (1 - self.threshold):
+        if loss < state["best"] * (1 - math.copysign(self.threshold, state["best"])):
             state["best"], state["num_bad_epochs"] = loss, 0
         else:
             state["num_bad_epochs"] += 1

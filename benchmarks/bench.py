@@ -11,7 +11,19 @@ import tempfile
 
 import numpy as np
 import work
-from report import ROOT, add_options, machine, origin, ratio_of, run, spread, table, versions_table, warn_if_busy
+from report import (
+    ROOT,
+    add_options,
+    execute,
+    machine,
+    origin,
+    ratio_of,
+    run,
+    spread,
+    table,
+    versions_table,
+    warn_if_busy,
+)
 
 REPORT = """\
 # Performance
@@ -37,6 +49,14 @@ STFTs of mixture and target, forward, loss, backward, Adam with weight decay; ex
 that `train.py` calls, which also copies the batch into the graph; torch's is the loop of openunmix' `train.py`.
 
 {steps}
+
+## Joint step
+
+A step of four targets, with the batches that it reads: four separate trainings, their networks side by side
+(`--targets`), with X-UMX's bridges (`--crossing`), and with its loss, too (`--loss xumx`).
+`python benchmarks/bench.py --joint` measures this alone.
+
+{joint}
 
 ## Functions
 
@@ -116,12 +136,37 @@ def function_table(other, reports):
     return table(["", "forward: ours", other, "ratio", "backward: ours", other, "ratio"], rows)
 
 
+def joint_table(rounds, repeats, threads):
+    """Of `work.JOINT`, in alternating processes."""
+    rows = []
+    with tempfile.TemporaryDirectory() as songs:
+        lengths = ("--train", "4", "--valid", "1", "--test", "0", "--duration", "20")
+        execute([sys.executable, ROOT / "synthesize.py", songs, *lengths, "--quiet"])
+        for n, repeat in repeats.items():
+            times, peaks = ({kind: [] for kind in work.JOINT} for _ in range(2))
+            size = {"nb_samples": n, "seconds": 6.0, "warm_up": 2, "repeat": repeat}
+            for i in range(rounds):
+                for kind in list(work.JOINT)[:: -1 if i % 2 else 1]:
+                    print(f"joint step {n}: {kind}, round {i + 1} of {rounds}", file=sys.stderr, flush=True)
+                    report = run("ours", None, work="joint", songs=songs, kind=kind, threads=threads, **size)
+                    factor = 4 if kind == "separate" else 1
+                    times[kind] += [factor * seconds for seconds in report["times"]["step"]]
+                    peaks[kind].append(report["peak"])
+            row = [f"batch {n}", f"{spread(times['separate'], '.3f')} s"]
+            for kind, other in (("side by side", "separate"), ("bridges", "side by side"), ("X-UMX", "side by side")):
+                row += [f"{spread(times[kind], '.3f')} s", f"{ratio_of(times[kind], times[other]):.3f}"]
+            rows.append([*row, f"{statistics.median(peaks['X-UMX']) / 2**20:.0f} MiB"])
+    header = ["", "four separate", "side by side", "ratio to these", "bridges", "to side by side"]
+    return table([*header, "X-UMX", "to side by side", "its memory"], rows)
+
+
 # --------------------------------------------------------------------------------------------- main
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side per measurement")
+    parser.add_argument("--joint", action="store_true", help="joint steps alone; writes no report")
     parser.add_argument("--quick", action="store_true", help="a minute, to see that it runs; writes no report")
     add_options(parser)
     args = parser.parse_args()
@@ -133,6 +178,10 @@ def main():
         return alternate(rounds, sides, args.reference, threads=args.threads, **options)
 
     warn_if_busy()
+    joint = {4: 2} if args.quick else {4: 8, 16: 4}
+    if args.joint:
+        print(joint_table(rounds, joint, args.threads))
+        return
     computer = machine()  # before our own load
     sizes = {n: {"nb_samples": n, "seconds": 6, "warm_up": 2, "repeat": repeat} for n, repeat in repeats.items()}
     steps = {f"batch {n}": compare("ours", "torch", work="step", **size) for n, size in sizes.items()}
@@ -162,6 +211,7 @@ def main():
         machine=computer,
         versions=versions_table(*(functions[side]["versions"] for side in ("ours", "torch")), "ours, native"),
         steps=whole_table("torch", "step", steps),
+        joint=joint_table(rounds, joint, args.threads),
         batch=batch,
         functions=function_table("torch", functions),
         native_seconds=native_seconds,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import work
 from matplotlib.figure import Figure
-from report import ROOT, ratio_of, spread, table, versions_table
+from report import ROOT, ratio_of, spread, table, versions_table, write_part
 
 sys.path.append(str(ROOT))  # scores.py, which reads museval's files
 from scores import METRICS, medians, read_scores
@@ -23,7 +23,7 @@ PERTURBATION = 1e-7
 REPORT = """\
 # Comparison with the PyTorch reference
 
-Written by `make compare` (`{command}`) on {date}, at commit {commit}. Do not edit.
+Written by `make compare` (`{command}`, the last section by another program) on {date}, at commit {commit}. Do not edit.
 
 **ours** is this repository, **torch** the reference, openunmix 1.3.0, on the same machine with {threads} threads. Both
 have the same synthetic songs of {duration} s: {train} to train with, {valid} for validation, {test} to separate. The
@@ -351,6 +351,6 @@ def write_report(results, scores, path):
         machine=results["machine"],
         versions=versions_table(*(scratch[side]["versions"] for side in SIDES)),
     )
-    path.write_text(report)
+    write_part(path, "compare.py", report)
     print(report)
     return all(fine)

@@ -1,5 +1,6 @@
 """Our side of the measurements, and native NNabla's: the same code with `plain`."""
 
+import itertools
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import data
 import files
 import folders
 import functions as graph_functions
+import losses
 import trained
 import weights
 from evaluate import main as evaluate_main
@@ -41,17 +43,18 @@ def label_functions():
     return labels
 
 
-def make_model(target, parameters=None, statistics=None, **options):
+def make_model(targets, parameters=None, statistics=None, **options):
     options.update(hidden_size=work.HIDDEN_SIZE, max_bin=work.MAX_BIN)
-    description = {"class": "OpenUnmix", "options": options, "targets": [target], "nb_channels": 2}
+    name = "JointOpenUnmix" if "crossing" in options else "OpenUnmix"
+    description = {"class": name, "options": options, "targets": targets, "nb_channels": 2}
     description.update(sample_rate=work.RATE, n_fft=work.N_FFT, n_hop=work.N_HOP)
-    return trained.Model(description, trained.OWN["OpenUnmix"], parameters, statistics)
+    return trained.Model(description, trained.OWN[name], parameters, statistics)
 
 
 def make_training(nb_samples, seconds, threads, plain):
     context.use("cpu", plain=plain, threads=threads)
     x, y = (work.audio(nb_samples, seconds, seed) for seed in (1, 2))
-    model = make_model("vocals")
+    model = make_model(["vocals"])
     graph = Graph(model, x.shape, test=False)
     return x, y[:, None], graph, Adam(model.variables(), work.LR, work.WEIGHT_DECAY)
 
@@ -72,6 +75,28 @@ def step(clock, nb_samples, seconds, warm_up, repeat, threads, plain=False):
         if i == 0:
             first = time.perf_counter() - start
     clock.add("first", first)
+
+
+def joint(clock, songs, kind, nb_samples, seconds, warm_up, repeat, threads):
+    """Training steps with the batches that they read, of a kind in `work.JOINT`; "separate" is one of its networks."""
+    context.use("cpu", threads=threads)
+    targets, options, loss = work.JOINT[kind]
+    common = {"root": songs, "is_wav": True, "target": targets, "seed": 0, "augmentations": ["gain", "channelswap"]}
+    source = data.MusdbSource(**common, seq_dur=seconds, samples_per_track=64)
+    source.stacked = True
+    model = make_model(targets, **options)
+    graph = Graph(model, (nb_samples, 2, source.nb_timesteps), False, losses.LOSSES[loss])
+    solver = Adam(model.variables(), work.LR, work.WEIGHT_DECAY)
+    iterator = data.DataIterator(source, nb_samples, data.default_workers(is_gpu=False))
+    batches = itertools.chain.from_iterable(map(iterator.epoch, itertools.count(1)))
+    batches = (batch for batch in batches if len(batch[0]) == nb_samples)
+
+    def whole_step():
+        train_step(graph, *next(batches), solver)
+
+    for i in range(warm_up + repeat):
+        clock("warm-up" if i < warm_up else "step", whole_step)
+    batches.close()
 
 
 def functions(clock, nb_samples, seconds, warm_up, repeat, threads, plain=False):
@@ -108,10 +133,10 @@ def train(clock, songs, output, target, initial, dropout, lr, epochs, threads, *
     excerpts = work.Excerpts(songs, target, **recipe)
     seed_nnabla("initial weights", seed=recipe["seed"])
     if initial:
-        model = make_model(target, weights.load(initial), dropout=dropout)
+        model = make_model([target], weights.load(initial), dropout=dropout)
     else:
         found = data.statistics(excerpts.train.mixtures(), work.N_FFT, work.N_HOP)
-        model = make_model(target, statistics=dict(zip(trained.STATISTICS, found)), dropout=dropout)
+        model = make_model([target], statistics=dict(zip(trained.STATISTICS, found)), dropout=dropout)
     graph = Graph(model, excerpts.shape, test=False)
     solver = Adam(model.variables(), lr, work.WEIGHT_DECAY)
 
@@ -158,5 +183,5 @@ def separate(clock, folder, seconds, threads):
 
 if __name__ == "__main__":
     works = {"step": step, "functions": functions, "separate": separate, "train": train}
-    works.update(evaluate=evaluate, read=read)
+    works.update(evaluate=evaluate, joint=joint, read=read)
     work.main(works, ["nnabla", "numpy", "scipy", "numba"])

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -59,6 +60,18 @@ def table(header, rows):
     rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     aligned = ([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))] for row in rows)
     return "\n".join(f"| {' | '.join(row)} |" for row in aligned)
+
+
+def write_part(path, writer, text):
+    """Write what a program says on a page that it shares with others: their parts stay as they are.
+
+    A part begins with a comment that names its writer; what stands before the first of them is compare.py's.
+    """
+    head, *rest = re.split(r"^<!-- (\S+\.py) -->\n\n", path.read_text() if path.exists() else "", flags=re.MULTILINE)
+    parts = {"compare.py": head, **dict(zip(rest[::2], rest[1::2])), writer: f"{text.rstrip()}\n"}
+    first = parts.pop("compare.py").rstrip()
+    others = [f"<!-- {name} -->\n\n{part.rstrip()}" for name, part in parts.items()]
+    path.write_text("\n\n".join(filter(None, [first, *others])) + "\n")
 
 
 def spread(values, form):

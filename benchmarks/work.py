@@ -22,6 +22,14 @@ RATE, N_FFT, N_HOP, MAX_BIN, HIDDEN_SIZE = 44100, 4096, 1024, 1487, 512
 LR, WEIGHT_DECAY = 1e-3, 1e-5
 TARGETS = ["vocals", "drums", "bass", "other"]
 
+# Trainings of all targets: of each step its targets, options of the joint network, and the loss.
+JOINT = {
+    "separate": (TARGETS[:1], {}, "mse"),
+    "side by side": (TARGETS, {"crossing": False}, "mse"),
+    "bridges": (TARGETS, {"crossing": True}, "mse"),
+    "X-UMX": (TARGETS, {"crossing": True}, "xumx"),
+}
+
 # The graph functions in the network's order, by function and parameter scope; both sides use these names.
 FUNCTIONS = {
     "spectrogram": "STFT and magnitude, of mixture and target",

@@ -109,6 +109,14 @@ def magnitude(spectra: np.ndarray, mono: bool) -> np.ndarray:
     return out
 
 
+def dual(n_fft: int, n_hop: int) -> np.ndarray:
+    """The window that undoes `hann` by overlap-add: it, divided by the sum of its squares over all frames."""
+    window = hann(n_fft).astype(np.float64)
+    squares = np.zeros(n_hop)
+    np.add.at(squares, np.arange(n_fft) % n_hop, window**2)
+    return (window / squares[np.arange(n_fft) % n_hop]).astype(np.float32)
+
+
 @kernel
 def _overlap_add(frames: IN(2), window: IN(1), n_hop: INT, out: OUT(1), start: INT):
     for t in range(len(frames)):
@@ -140,3 +148,109 @@ def overlap_add(y: np.ndarray, n_fft: int, n_hop: int, sums: np.ndarray, envelop
     squares = window * window
     for t in range(y.shape[2]):
         envelope[t * n_hop : t * n_hop + n_fft] += squares
+
+
+# Estimated magnitudes with the phase of a mixture as audio. Blocks of frames stay in the cache from the mixture's
+# samples to the estimates', and no complex spectrogram is ever held: to compute the mixture's twice costs less.
+
+
+@kernel
+def _unit(spectra: COMPLEX3):
+    """Divide numbers by their magnitudes; zeros have the phase 0."""
+    rows, nb_frames, nb_bins = spectra.shape
+    for r in range(rows):
+        for t in range(nb_frames):
+            s = spectra[r, t]
+            for f in range(nb_bins):
+                size = np.sqrt(s[f].real * s[f].real + s[f].imag * s[f].imag)
+                s[f] = s[f] / size if size > 0 else np.complex64(1)
+
+
+@kernel
+def _with_phase(unit: COMPLEX3, v: IN(4), start: INT, sample: INT, channel: INT, out: COMPLEX3):
+    for t in range(unit.shape[1]):
+        u, y, size = unit[0, t], out[0, t], v[start + t, sample, channel]
+        for f in range(len(u)):
+            y[f] = size[f] * u[f]
+
+
+@kernel
+def _along_phase(
+    unit: COMPLEX3, dy: COMPLEX3, scale: IN(1), add: INT, start: INT, sample: INT, channel: INT, dv: OUT(4)
+):
+    for t in range(unit.shape[1]):
+        u, d, out = unit[0, t], dy[0, t], dv[start + t, sample, channel]
+        if add:
+            for f in range(len(u)):
+                out[f] += scale[f] * (d[f].real * u[f].real + d[f].imag * u[f].imag)
+        else:
+            for f in range(len(u)):
+                out[f] = scale[f] * (d[f].real * u[f].real + d[f].imag * u[f].imag)
+
+
+def _units(x, n_fft, n_hop, nb_frames):
+    """Ranges of frames, and for each the phases of audio (1, nb_timesteps), complex numbers of magnitude 1."""
+    window = hann(n_fft)
+    for start, stop in _blocks(nb_frames, n_fft):
+        unit = _spectra(x, window, n_hop, False, start, stop)
+        _unit(unit)
+        yield start, stop, unit
+
+
+def waveforms(v: list[np.ndarray], x: np.ndarray, n_fft: int, n_hop: int, out: list[np.ndarray]) -> None:
+    """Magnitudes with the phases of uncentred frames of audio, back to audio: overlap-add with the `dual` window.
+
+    Frames before the first and after the last count as silent, so that n_fft − n_hop samples at both ends are faded.
+
+    Args:
+        v: magnitudes, each (T, N, C or 1, F); one channel goes with the phases of all
+        x: audio (N, C, nb_timesteps)
+        n_fft: even
+        out: of each, audio of the shape of x
+    """
+    _check_waveforms(v, x, n_fft, n_hop, out)
+    window = dual(n_fft, n_hop)
+
+    def row(sample, channel):
+        for y in out:
+            y[sample, channel] = 0
+        for start, _, unit in _units(x[sample, channel : channel + 1], n_fft, n_hop, len(v[0])):
+            spectra = np.empty_like(unit)
+            for size, y in zip(v, out):
+                _with_phase(unit, size, start, sample, min(channel, size.shape[2] - 1), spectra)
+                _overlap_add(scipy.fft.irfft(spectra[0], n_fft), window, n_hop, y[sample, channel], start)
+
+    run([(row, sample, channel) for sample in range(x.shape[0]) for channel in range(x.shape[1])])
+
+
+def waveforms_backward(
+    dy: list[np.ndarray], x: np.ndarray, n_fft: int, n_hop: int, dv: list[np.ndarray], accumulate: list[bool]
+) -> None:
+    """Gradients of `waveforms` towards magnitudes from those towards audio; each is added to what is there, or not."""
+    _check_waveforms(dv, x, n_fft, n_hop, dy)
+    window = dual(n_fft, n_hop)
+    scale = np.full(n_fft // 2 + 1, 2 / n_fft, np.float32)  # a bin stands for itself and its conjugate
+    scale[[0, -1]] = 1 / n_fft
+    nb_channels = x.shape[1]
+
+    def rows(sample, channels):
+        for channel in channels:
+            for start, stop, unit in _units(x[sample, channel : channel + 1], n_fft, n_hop, len(dv[0])):
+                for gradient, out, add in zip(dy, dv, accumulate):
+                    spectra = _spectra(gradient[sample, channel : channel + 1], window, n_hop, False, start, stop)
+                    is_shared = out.shape[2] < nb_channels
+                    add = add or (is_shared and channel > 0)
+                    _along_phase(unit, spectra, scale, add, start, sample, 0 if is_shared else channel, out)
+
+    # channels that share a magnitude add to one place, one after the other
+    one_by_one = any(out.shape[2] < nb_channels for out in dv)
+    groups = [range(nb_channels)] if one_by_one else [range(c, c + 1) for c in range(nb_channels)]
+    run([(rows, sample, channels) for sample in range(x.shape[0]) for channels in groups])
+
+
+def _check_waveforms(v, x, n_fft, n_hop, y):
+    check(x=(x, "N C L", np.float32))
+    nb_samples, nb_channels, nb_timesteps = x.shape
+    shape = f"{nb_frames(nb_timesteps, n_fft, n_hop, False)} {nb_samples} {{}} {n_fft // 2 + 1}"
+    for size, audio in zip(v, y):
+        check(v=(size, shape.format(1 if size.shape[2] == 1 else nb_channels)), x=(x, "N C L"), y=(audio, "N C L"))

@@ -1,4 +1,4 @@
-"""What only training needs: dropout, the loss, Adam."""
+"""What only training needs: dropout, the loss, Adam, an average of the weights."""
 
 import numpy as np
 from numba import types
@@ -106,4 +106,20 @@ def adam(
         size = len(value)
         parts = split(size, -(-size // 2**17))
         tasks += [(_adam, *(array[i:j] for array in arrays), *numbers) for i, j in parts]
+    run(tasks)
+
+
+@kernel
+def _approach(average: OUT(1), value: IN(1), rate: FLOAT):
+    for i in range(len(average)):
+        average[i] += rate * (value[i] - average[i])
+
+
+def approach(pairs: list[tuple], rate: float) -> None:
+    """average += rate · (value − average), for pairs (average, value) of flat arrays."""
+    tasks = []
+    for average, value in pairs:
+        check(average=(average, "K"), value=(value, "K"))
+        parts = split(len(value), -(-len(value) // 2**17))
+        tasks += [(_approach, average[i:j], value[i:j], rate) for i, j in parts]
     run(tasks)

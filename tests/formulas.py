@@ -56,3 +56,42 @@ def float64_loss(parameters, x, y, n_fft, n_hop):
     if parameters["fc3/affine/W"].shape[1] == X.shape[3]:  # a mono model
         X, Y = X.mean(axis=2, keepdims=True), Y.mean(axis=2, keepdims=True)
     return ((float64_estimate(parameters, X) - Y) ** 2).mean()
+
+
+def float64_waveform(Y, x, n_fft, n_hop):
+    """Magnitudes (T, N, C or 1, F) with the phase of audio (N, C, nb_timesteps), as audio of its shape.
+
+    torch.istft's formula, of uncentred frames, with silent frames before and behind them.
+    """
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)
+    x, more = x.astype(np.float64), n_fft  # samples before and behind, in which silent frames begin
+    out, squares = np.zeros((*x.shape[:2], x.shape[2] + 2 * more)), np.zeros(x.shape[2] + 2 * more)
+    for k in range(-(more // n_hop), (x.shape[2] + more - n_fft) // n_hop + 1):
+        place = slice(more + k * n_hop, more + k * n_hop + n_fft)
+        squares[place] += window**2
+        if 0 <= k < len(Y):
+            spectrum = np.fft.rfft(x[:, :, k * n_hop : k * n_hop + n_fft] * window)
+            out[:, :, place] += np.fft.irfft(Y[k] * np.exp(1j * np.angle(spectrum)), n_fft) * window
+    end = more + (len(Y) - 1) * n_hop + n_fft
+    out[:, :, more:end] /= squares[more:end]
+    return out[:, :, more : more + x.shape[2]]
+
+
+def float64_sdr(y_hat, y):
+    """SDR in dB of samples (N, C, nb_timesteps), with 1e-7 added to both mean squares; mean over samples."""
+    error, energy = (np.mean(v**2, axis=(1, 2)) + 1e-7 for v in (y - y_hat, y))
+    return np.mean(10 * np.log10(energy / error))
+
+
+def float64_weighted_sdr(x, p, y):
+    """Sawata et al., equation 4, plus 1: of mixture, estimate and target, whose last axis is time; mean over others."""
+
+    def size(v):
+        return np.sqrt((v * v).sum(-1) + 1e-10)
+
+    def cosine(a, b):
+        return (a * b).sum(-1) / (size(a) * size(b) + 1e-10)
+
+    energy, rest = (y * y).sum(-1), ((x - y) ** 2).sum(-1)
+    rho = energy / (energy + rest + 1e-10)
+    return np.mean(1 - rho * cosine(y, p) - (1 - rho) * cosine(x - y, x - p))

@@ -92,12 +92,13 @@ def test_what_an_option_accepts():
 @pytest.mark.parametrize("parser, required", [(args.separate_parser, ["song.wav"]), (args.evaluate_parser, [])])
 def test_defaults_of_separation_are_the_reference_s(parser, required):
     """Of openunmix 1.3.0's command umx and its Separator; those of the class are the same."""
-    expected = dict(model="umxl", niter=1, softmask=False, wiener_win_len=300, residual=None, aggregate=None)
+    expected = dict(model=["umxl"], niter=1, softmask=False, wiener_win_len=300, residual=None, aggregate=None)
     defaults = vars(parser().parse_args(required))
     assert {name: defaults[name] for name in expected} == expected
     assert (defaults["alpha"], defaults["targets"], defaults["segment"]) == (1.0, None, 480.0)
+    assert defaults["wiener_eps"] == 1e-10
     of_class = {name: one.default for name, one in inspect.signature(separate.Separator).parameters.items()}
-    for name in ("niter", "softmask", "wiener_win_len", "alpha", "targets", "segment"):
+    for name in ("niter", "softmask", "wiener_win_len", "wiener_eps", "alpha", "targets", "segment"):
         assert of_class[name] == defaults[name], name
 
 

@@ -103,6 +103,35 @@ def test_a_resumed_run_equals_the_uninterrupted_one(songs, tmp_path, uninterrupt
     assert_same(tmp_path, uninterrupted[0])
 
 
+@pytest.mark.parametrize("item", [5, 9 + 5, 100], ids=["first epoch", "second epoch", "validation"])
+def test_averages_are_resumed_bit_for_bit(songs, tmp_path, monkeypatch, item, line):
+    run(songs, tmp_path / "whole", "--epochs", "2", "--ema", "0.7")
+    at_item(monkeypatch, item, send(signal.SIGTERM))
+    ends(143, run, songs, tmp_path / "o", "--epochs", "2", "--ema", "0.7")
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "plot_losses", lambda path, log: files.write(path, b"png"))
+    run(songs, tmp_path / "o", "--epochs", "2", "--checkpoint", tmp_path / "o")  # which decay: the checkpoint knows
+    assert any(name.startswith("average/") for name in state(tmp_path / "o"))
+    assert_same(tmp_path / "o", tmp_path / "whole")
+
+
+def test_another_decay_is_another_training(songs, tmp_path, uninterrupted, line):
+    run(songs, tmp_path, "--ema", "0.7")
+    again = ["--epochs", "2", "--checkpoint"]
+    for origin, decay, was in ((tmp_path, "0.8", 0.7), (tmp_path, "0", 0.7), (uninterrupted[0], "0.7", 0.0)):
+        ends(2, run, songs, tmp_path, *again, origin, "--ema", decay)
+        assert f"--ema {float(decay)}: {origin / LAST} was trained with {was}" in line()
+
+
+def test_checkpoints_of_versions_without_averages_go_on(songs, tmp_path, uninterrupted):
+    run(songs, tmp_path, "--epochs", "1")
+    resumed = checkpoint.load(tmp_path, "bass")
+    assert resumed.state["log"]["args"].pop("ema") == 0
+    (tmp_path / LAST).write_bytes(io_bytes(resumed))
+    run(songs, tmp_path, "--epochs", "3", "--checkpoint", tmp_path)
+    assert_same(tmp_path, uninterrupted[0])
+
+
 # an item of a step of the first epoch, of the second; a validation track of the first epoch; all with the step or
 # track that is finished before the end
 @pytest.mark.parametrize(
@@ -124,7 +153,7 @@ def test_a_signal_ends_between_two_steps(whole, songs, tmp_path, monkeypatch, li
 def test_what_a_validation_draws_is_that_of_its_epoch(songs, tmp_path, monkeypatch, line):
     """Of a network that is not ours, and is random in validation, too."""
 
-    def validate(model, tracks):
+    def validate(model, tracks, *_):
         return len(list(tracks)) + nn.random.prng.rand()
 
     monkeypatch.setattr(train, "validate", validate)
@@ -227,7 +256,7 @@ def test_a_command_that_is_repeated_after_its_end_says_so(songs, tmp_path, unint
 
 
 def test_early_stopping_is_an_end(songs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "validate", lambda model, tracks: 1.0)
+    monkeypatch.setattr(train, "validate", lambda *_: 1.0)
     options = ["--epochs", "9", "--patience", "2"]
     assert run(songs, tmp_path, *options)["epochs_trained"] == 3
     before = state(tmp_path)
@@ -438,7 +467,18 @@ def change(arrays, meta, *path, to):
         meta[path[-1]] = to
 
 
-W, MEAN = "parameters/fc1/affine/W", "solver/fc1/affine/W/mean"
+def averages(arrays):
+    return {name.replace("parameters/", "average/", 1): value for name, value in arrays.items() if name.startswith("p")}
+
+
+def averaged(arrays, meta):
+    """As if --ema had been given."""
+    arrays.update(averages(arrays))
+    meta["log"]["args"]["ema"] = 0.9
+    return arrays
+
+
+W, MEAN, AVERAGE = "parameters/fc1/affine/W", "solver/fc1/affine/W/mean", "average/fc1/affine/W"
 NAN, INF = float("nan"), float("inf")
 WRONG = {
     "no parameter": lambda arrays, meta: arrays.pop(W),
@@ -448,6 +488,13 @@ WRONG = {
     "double precision": lambda arrays, meta: arrays.update({W: arrays[W].astype(np.float64)}),
     "integers": lambda arrays, meta: arrays.update({W: arrays[W].astype(np.int32)}),
     "text": lambda arrays, meta: arrays.update({W: np.array("text")}),
+    "averages that were not asked for": lambda arrays, meta: arrays.update(averages(arrays)),
+    "no averages": lambda arrays, meta: meta["log"]["args"].update(ema=0.9),
+    "an average too few": lambda arrays, meta: averaged(arrays, meta).pop(AVERAGE),
+    "an average too many": lambda arrays, meta: averaged(arrays, meta).update({"average/x": arrays[W]}),
+    "shape of an average": lambda arrays, meta: averaged(arrays, meta).update({AVERAGE: arrays[W][:-1]}),
+    "NaN in an average": lambda arrays, meta: averaged(arrays, meta).update({AVERAGE: arrays[W] * np.float32(NAN)}),
+    "a decay of one": lambda arrays, meta: averaged(arrays, meta) and meta["log"]["args"].update(ema=1.0),
     "no moment": lambda arrays, meta: arrays.pop(MEAN),
     "a moment of nothing": lambda arrays, meta: arrays.update({"solver/x/mean": arrays[MEAN]}),
     "a scalar moment": lambda arrays, meta: arrays.update({MEAN: np.float32(0)}),

@@ -744,19 +744,6 @@ def test_commands_of_the_documentation(songs, layouts, tmp_path, monkeypatch, nu
     assert len(commands()) == 6 and Path("open-unmix/vocals.h5").is_file()
 
 
-def test_the_example_trains_a_model_that_separates(songs, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    manifest.main(songs, "songs.csv")
-    options = "--dataset manifest --manifest songs.csv --target bass --output model --context cpu --quiet --epochs 1"
-    train.main([*options.split(), *SMALL.split()])
-    song, options = (
-        next(songs.rglob("mixture.wav")),
-        "--model model --outdir stems --residual rest --quiet --context cpu",
-    )
-    separate.main([str(song), *options.split()])
-    assert {path.stem for path in Path("stems").rglob("*.wav")} == {"bass", "rest"}
-
-
 # ------------------------------------------------------------------------------------------- real music
 
 REAL = next(Path(stempeg.__file__).parent.glob("data/*.stem.mp4"))  # a song of MUSDB18's kind, of six seconds

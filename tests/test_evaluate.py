@@ -594,6 +594,8 @@ def test_stems_are_written_though_the_scores_are_there(root, pair, tmp_path):
         (["--wiener-win-len", "100"], "wiener_win_len 300, not 100"),
         (["--segment", "31"], "segment 480.0, not 31.0"),
         (["--model", "m1"], "weights"),
+        (["--model", "m0", "m1"], "weights"),
+        (["--wiener-eps", "0"], "wiener_eps 1e-10, not None"),
         (["--subset", "train"], "subset 'test', not 'train'"),
         (["--root", "copy"], "root"),
         (["--targets", "vocals", "drums", "--residual", "rest"], "targets"),
@@ -604,7 +606,8 @@ def test_scores_of_other_settings_are_not_mixed(root, pair, tmp_path, capsys, op
     shutil.copytree(root, tmp_path / "copy")
     (tmp_path / "copy" / "test").rename(tmp_path / "copy" / "train")
     shutil.copytree(tmp_path / "copy" / "train", tmp_path / "copy" / "test")
-    places = {"m1": str(root.parent / "m1"), "copy": str(tmp_path / "copy")}
+    places = {name: str(root.parent / name) for name in ("m0", "m1")}
+    places = {**places, "copy": str(tmp_path / "copy")}
     options = [places.get(option, option) for option in options]
     if "--subset" in options:
         options += ["--root", places["copy"]]
@@ -615,6 +618,34 @@ def test_scores_of_other_settings_are_not_mixed(root, pair, tmp_path, capsys, op
     assert before == sorted(path.read_text() for path in (tmp_path / "eval").rglob("*.json"))
 
 
+def test_scores_of_versions_without_the_regularisation_go_on(root, pair, tmp_path, capsys):
+    shutil.copytree(pair, tmp_path / "eval")
+    earlier = summary(tmp_path / "eval")
+    assert earlier["settings"].pop("wiener_eps") == 1e-10
+    (tmp_path / "eval" / "summary.json").write_text(json.dumps(earlier))
+    assert "wiener_eps 1e-10, not None" in fails(capsys, root, tmp_path / "eval", *ACCOMPANIMENT, "--wiener-eps", 0)
+    assert run(root, tmp_path / "eval", *ACCOMPANIMENT)["settings"]["wiener_eps"] == 1e-10
+
+
+def test_several_models_are_scored_together(root, tmp_path, capsys, monkeypatch):
+    """By the command, from processes too; the summary says of which, and only they go on."""
+    monkeypatch.chdir(tmp_path)
+    root = copy(root, tmp_path / "copy")
+    shutil.rmtree(root / "test" / NAMES[2])
+    models = [str(root.parent / name) for name in ("m0", "m1")]
+    options = ["--root", str(root), "--context", "cpu", "--is-wav", "--quiet", *ACCOMPANIMENT]
+    evaluate.main([*options, "--model", *models, "--outdir", "stems", "--cores", "2"])
+    written = summary(tmp_path / "evaluation" / "m0+m1")
+    assert written["model"] == models
+    separator = separate.Separator.load(models, "vocals", residual="accompaniment", context="cpu")
+    for track in NAMES[:2]:
+        audio = soundfile.read(root / "test" / track / "mixture.wav", dtype="float32", always_2d=True)[0].T
+        for name, stem in separator(audio, RATE).items():
+            found = soundfile.read(tmp_path / "stems" / "test" / track / f"{name}.wav", always_2d=True)[0].T
+            np.testing.assert_allclose(found, stem, atol=1e-6)
+    assert "weights" in fails(capsys, root, tmp_path / "evaluation" / "m0+m1", *ACCOMPANIMENT)
+
+
 # ------------------------------------------------------------------------------------------ options
 
 
@@ -623,7 +654,7 @@ class Stop(Exception):
 
 
 OPTIONS = {
-    "model": "m1",
+    "model": ["m1", "m2"],
     "model_dir": "somewhere",
     "network": "file.py:Class",
     "network_options": {"size": 4},
@@ -632,6 +663,7 @@ OPTIONS = {
     "softmask": True,
     "alpha": 1.5,
     "wiener_win_len": 77,
+    "wiener_eps": 1e-5,
     "residual": "rest",
     "segment": 50.0,
     "context": "cpu",

@@ -11,13 +11,14 @@ import nnabla.functions as F
 import numba
 import numpy as np
 import pytest
-from formulas import float64_lstm
+from formulas import float64_lstm, float64_sdr, float64_waveform, float64_weighted_sdr
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import context
 import functions
 import kernels.compiler
+import kernels.correlations
 import kernels.lstm
 import kernels.products
 import kernels.threads
@@ -159,6 +160,72 @@ def test_spectrogram_of_audio_that_needs_a_gradient():
     x.grad.zero()
     moving.backward(1)
     assert np.abs(x.g).max() > 0
+
+
+TRANSFORMS = [(64, 16), (60, 15), (32, 16), (54, 18)]
+
+
+@shapes
+@given(SIZES, st.sampled_from(TRANSFORMS), st.lists(st.booleans(), min_size=1, max_size=3))
+def test_waveforms(sizes, transform, are_mono):
+    """Both forms are the formula; as it is linear, so are the gradients: ⟨dy, f(dv)⟩ is ⟨gradient, dv⟩."""
+    rng, T, N, C, _, _ = draw(sizes)
+    n_fft, n_hop = transform
+    x = numbers(rng, N, C, n_fft + (T - 1) * n_hop + rng.integers(n_hop))
+    x[:, :, :n_hop] = 0
+    x[0] = 0 if N > 1 else x[0]  # digital silence has the phase 0
+    shapes = [(T, N, 1 if mono else C, n_fft // 2 + 1) for mono in are_mono]
+    arrays = {f"Y{k}": np.abs(numbers(rng, *shape)) for k, shape in enumerate(shapes)}
+
+    def build(x, **magnitudes):
+        return F.stack(*functions.waveforms(list(magnitudes.values()), x, n_fft, n_hop))
+
+    compare(build, {"x": x, **arrays}, (len(arrays), *x.shape), rng, fixed=("x",))
+    dy = numbers(rng, len(arrays), *x.shape)
+    for plain in (False, True):
+        got = run(build, {"x": x, **arrays}, ("x",), dy, plain)
+        for (name, Y), y, gradient in zip(arrays.items(), got["y"], dy):
+            assert_close({"y": y}, {"y": float64_waveform(Y, x, n_fft, n_hop)}, 2e-6)
+            direction = rng.standard_normal(Y.shape)
+            change = (gradient * float64_waveform(direction, x, n_fft, n_hop)).sum()
+            products = got[f"gradient of {name}"] * direction
+            assert abs(products.sum() - change) < 1e-5 * np.abs(products).sum()
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_waveforms_undo_the_spectrogram(plain, monkeypatch):
+    """Where no frames are missing, and as though it were faded where they are."""
+    monkeypatch.setattr(context, "_plain", plain)
+    x = nn.Variable.from_numpy_array(numbers(np.random.default_rng(0), 2, 2, 64 + 16 * 20 + 5))
+    (y,) = functions.waveforms([functions.spectrogram(x, 64, 16)], x, 64, 16)
+    y.forward()
+    whole = slice(48, 16 * 21)
+    np.testing.assert_allclose(y.d[..., whole], x.d[..., whole], atol=1e-5)
+    assert (np.abs(y.d) <= np.abs(x.d) + 1e-5).all() and not y.d[..., -5:].any()
+    np.testing.assert_array_equal(np.abs(y.d[..., 0]), 0)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_waveforms_have_no_gradient_towards_the_mixture(plain):
+    rng = np.random.default_rng(0)
+    arrays = {"x": numbers(rng, 1, 2, 160), "Y": np.abs(numbers(rng, 7, 1, 2, 33))}
+    got = run(lambda x, Y: functions.waveforms([Y], x, 64, 16)[0], arrays, (), numbers(rng, 1, 2, 160), plain)
+    assert got["gradient of Y"].any() and not got["gradient of x"].any()
+
+
+@pytest.mark.parametrize(
+    "shape, n_hop, message",
+    [
+        ((7, 1, 2, 32), 16, "magnitude of shape"),
+        ((6, 1, 2, 33), 16, "magnitude of shape"),
+        ((7, 1, 3, 33), 16, "magnitude of shape"),
+        ((4, 1, 2, 33), 30, "several hops"),
+        ((2, 1, 2, 33), 64, "several hops"),
+    ],
+)
+def test_waveforms_of_what_does_not_fit(shape, n_hop, message):
+    with pytest.raises(ValueError, match=message):
+        functions.waveforms([nn.Variable(shape)], nn.Variable((1, 2, 160)), 64, n_hop)
 
 
 @shapes
@@ -379,6 +446,96 @@ def test_squared_error(sizes):
     compare(functions.squared_error, arrays, (), rng)
 
 
+@shapes
+@given(SIZES)
+def test_absolute_error(sizes):
+    rng, T, N, C, n, _ = draw(sizes)
+    arrays = {"y_hat": numbers(rng, T, N, C, n), "y": numbers(rng, T, N, C, n)}
+    truth = np.abs(arrays["y_hat"].astype(np.float64) - arrays["y"]).mean()
+    got = run(functions.absolute_error, arrays, ("y",), 1, plain=False)
+    np.testing.assert_allclose(got["y"], truth, rtol=1e-6)
+    expected = np.sign(arrays["y_hat"] - arrays["y"]) / arrays["y"].size
+    np.testing.assert_allclose(got["gradient of y_hat"], expected, rtol=1e-6)
+
+
+def assert_loss(build, arrays, fixed, formula, rng):
+    """Both forms have the value of a float64 formula, and its derivative, by differences, in a random direction."""
+    arrays = {name: np.float32(array) for name, array in arrays.items()}
+    truth = {name: array.astype(np.float64) for name, array in arrays.items()}
+    directions = {name: rng.standard_normal(array.shape) for name, array in truth.items() if name not in fixed}
+    step, around = 1e-5, []
+    for sign in (1, -1):
+        moved = {name: truth[name] + sign * step * direction for name, direction in directions.items()}
+        around.append(formula(**{**truth, **moved}))
+    for plain in (False, True):
+        got = run(build, arrays, fixed, 1, plain)
+        np.testing.assert_allclose(got["y"], formula(**truth), rtol=2e-6, atol=2e-6)
+        change = sum((got[f"gradient of {name}"] * direction).sum() for name, direction in directions.items())
+        size = sum(np.abs(got[f"gradient of {name}"] * direction).sum() for name, direction in directions.items())
+        assert abs(change - (around[0] - around[1]) / (2 * step)) < 2e-5 * max(size, 1e-3)
+    compare(build, arrays, (), rng, fixed, tolerance=1e-4)
+
+
+@shapes
+@given(SIZES)
+def test_negative_sdr(sizes):
+    rng, T, N, C, n, H = draw(sizes)
+    start, stop = n, n + 10 * T
+    y = numbers(rng, N, C, stop + H)
+    y[0] *= rng.integers(2)  # silent, perhaps
+    arrays = {"y_hat": y + numbers(rng, *y.shape, scale=0.3), "y": y}
+
+    def formula(y_hat, y):
+        return -float64_sdr(y_hat[..., start:stop], y[..., start:stop])
+
+    assert_loss(lambda **v: functions.negative_sdr(**v, start=start, stop=stop), arrays, ("y",), formula, rng)
+
+
+@shapes
+@given(SIZES, st.integers(1, 4))
+def test_weighted_sdr(sizes, nb_targets):
+    rng, T, N, C, n, H = draw(sizes)
+    start, stop = n, n + 10 * T
+    sets = [tuple(np.flatnonzero(members)) for members in rng.integers(0, 2, (5, nb_targets)) if members.any()]
+    sets = sets or [(0,)]
+    arrays = {f"y{k}": numbers(rng, N, C, stop + H) for k in range(nb_targets)}
+    arrays["y0"][0] *= rng.integers(2)  # silent, perhaps
+    fixed = ("x", *arrays)
+    arrays["x"] = sum(arrays.values()) + rng.integers(2) * numbers(rng, N, C, stop + H)
+    arrays.update({f"p{k}": arrays[f"y{k}"] + numbers(rng, N, C, stop + H) for k in range(nb_targets)})
+
+    def parts(v):
+        return [v["x"], *([v[f"{name}{k}"] for k in range(nb_targets)] for name in "py")]
+
+    def formula(**v):
+        x, p, y = parts({name: array[..., start:stop] for name, array in v.items()})
+        return np.mean([float64_weighted_sdr(x, *(sum(some[i] for i in one) for some in (p, y))) for one in sets])
+
+    assert_loss(lambda **v: functions.weighted_sdr(*parts(v), sets, start, stop), arrays, fixed, formula, rng)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_losses_in_time_have_no_gradient_towards_targets(plain):
+    rng = np.random.default_rng(0)
+    arrays = {name: numbers(rng, 1, 2, 50) for name in ("x", "p", "y")}
+    got = run(lambda x, p, y: functions.weighted_sdr(x, [p], [y], [(0,)]), arrays, ("x", "y"), 1, plain)
+    assert got["gradient of p"].any()
+    with pytest.raises(ValueError, match="nothing to compare"):
+        functions.negative_sdr(nn.Variable((1, 2, 50)), nn.Variable((1, 2, 50)), 20, 20)
+    with pytest.raises(ValueError, match="estimate of shape"):
+        functions.negative_sdr(nn.Variable((1, 2, 50)), nn.Variable((1, 1, 50)))
+
+
+def test_inner_products_are_exact():
+    """Of signals so alike that single precision would leave nothing of their difference."""
+    rng = np.random.default_rng(0)
+    y = numbers(rng, 1, 1, 300_000)
+    x = (y * np.float32(1 + 1e-5)).astype(np.float32)
+    products = kernels.correlations.gram([x, y], 1000, 299_000)[0, 0]
+    truth = ((x.astype(np.float64) - y)[..., 1000:299_000] ** 2).sum()
+    assert abs(products[0, 0] - 2 * products[0, 1] + products[1, 1] - truth) < 1e-3 * truth
+
+
 @pytest.mark.parametrize("plain", [False, True])
 def test_released_memory_is_not_read(plain, monkeypatch):
     """What a function declares that its gradients do not depend on (grad_depends_…) is gone by then."""
@@ -420,6 +577,17 @@ def test_released_memory_is_not_read(plain, monkeypatch):
             (T, N, H),
         ),
         (functions.squared_error, {"y_hat": spectrogram, "y": numbers(rng, T, N, C, n)}, ()),
+        (
+            lambda x, a, b: F.stack(*functions.waveforms([a, b], x, 14, 7)),
+            {"x": numbers(rng, N, C, 147), "a": spectrogram, "b": spectrogram},
+            (2, N, C, 147),
+        ),
+        (functions.negative_sdr, {"y_hat": numbers(rng, N, C, 90), "y": numbers(rng, N, C, 90)}, ()),
+        (
+            lambda x, p, y: functions.weighted_sdr(x, [p], [y], [(0,)]),
+            {name: numbers(rng, N, C, 90) for name in "xpy"},
+            (),
+        ),
     ]
     for build, arrays, shape in cases:
         dy = numbers(rng, *shape)

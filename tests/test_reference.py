@@ -253,6 +253,15 @@ def test_early_stopping(helpers):
         np.testing.assert_array_equal(epochs, expected, err_msg=f"patience {patience}")
 
 
+def test_average(helpers, plain):
+    for decay, expected in zip(helpers["decays"], helpers["averages"]):
+        averages, values = ({"w": nn.Variable.from_numpy_array(np.full(7, 9, np.float32))} for _ in range(2))
+        for step, value in enumerate(helpers["values"], 1):
+            values["w"].d = value
+            solvers.average(averages, values, float(decay), step)
+            np.testing.assert_allclose(averages["w"].d, expected[step - 1], rtol=3e-6, err_msg=f"{decay}, step {step}")
+
+
 def test_bandwidth_to_max_bin(helpers):
     for (rate, n_fft, bandwidth), expected in zip(helpers["bands"], helpers["max_bins"]):
         assert utils.bandwidth_to_max_bin(rate, int(n_fft), bandwidth) == expected, (rate, n_fft, bandwidth)

@@ -54,7 +54,7 @@ def test_the_saved_weights_are_those_of_the_best_epoch(songs, tmp_path, monkeypa
     losses = iter([3.0, 2.0, 4.0])
     seen = []
 
-    def validate(model, source):
+    def validate(model, *_):
         seen.append(model.get_parameters())
         return next(losses)
 
@@ -63,6 +63,46 @@ def test_the_saved_weights_are_those_of_the_best_epoch(songs, tmp_path, monkeypa
     assert log["best_epoch"] == 2
     saved = weights.load(tmp_path / "bass.h5")
     assert not differs(seen[1], saved) and differs(seen[2], saved)
+
+
+def test_averages_are_validated_and_saved_and_training_goes_on_without(songs, tmp_path, monkeypatch):
+    """Of all arrays, running statistics too, after every step: compared with their formula in double precision."""
+    decay, steps, seen = 0.8, [], []
+    train_step, validate = train.train_step, train.validate
+
+    def step_and_look(graph, x, y, solver):
+        loss = train_step(graph, x, y, solver)
+        steps.append(models[0].get_parameters())
+        return loss
+
+    def look_and_validate(model, tracks, loss):
+        seen.append(model.get_parameters())
+        return validate(model, tracks, loss)
+
+    class Model(train.Model):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            models.append(self)
+
+    monkeypatch.setattr(train, "train_step", step_and_look)
+    monkeypatch.setattr(train, "validate", look_and_validate)
+    monkeypatch.setattr(train, "Model", Model)
+    models = []
+    run(songs, tmp_path / "without", "--epochs", "2")
+    models, without, _ = [], steps.copy(), steps.clear()
+    log = run(songs, tmp_path / "with", "--epochs", "2", "--ema", str(decay))
+    assert log["args"]["ema"] == decay
+    assert all(not differs(a, b) for a, b in zip(without, steps)) and len(steps) == len(without)
+    for end, parameters in zip((len(steps) // 2, len(steps)), seen[2:]):
+        for name, value in parameters.items():
+            powers = decay ** np.arange(end - 1, -1, -1.0)
+            expected = np.average([np.float64(step[name]) for step in steps[:end]], axis=0, weights=powers)
+            np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert any(name.endswith("bn/var") for name in parameters)
+    assert not differs(seen[1 + log["best_epoch"]], weights.load(tmp_path / "with" / "bass.h5"))
+    found = state(tmp_path / "with")
+    assert not differs({f"parameters/{name}": value for name, value in steps[-1].items()}, found)
+    assert not differs({f"average/{name}": value for name, value in seen[-1].items()}, found)
 
 
 def test_several_targets_share_a_folder(songs, tmp_path):
@@ -126,6 +166,7 @@ WEIGHTS = {
     "samples_per_track": ["--samples-per-track", "4"],
     "lr": ["--lr", "0.01"],
     "weight_decay": ["--weight-decay", "0.1"],
+    "ema": ["--ema", "0.9"],
     "seed": ["--seed", "43"],
     "nfft": ["--nfft", "512", "--nhop", "256"],
     "nhop": ["--nhop", "256"],
@@ -133,6 +174,7 @@ WEIGHTS = {
     "bandwidth": ["--bandwidth", "5000"],
     "nb_channels": ["--nb-channels", "1"],
     "unidirectional": ["--unidirectional"],
+    "loss": ["--loss", "l1"],
     "plain": ["--plain"],
 }
 # Those whose effect is tested elsewhere in this file, by the test named, or cannot be.
@@ -155,6 +197,9 @@ ELSEWHERE = {
     "lr_decay_patience": "test_schedule",
     "lr_decay_gamma": "test_schedule",
     "targets": "tests/test_networks.py",
+    "mcoef": "tests/test_losses.py",
+    "combinations": "tests/test_losses.py",
+    "crossing": "tests/test_losses.py",
     "network": "tests/test_networks.py",
     "network_options": "tests/test_networks.py",
     **{option: "tests/test_datasets.py" for option in checkpoint.DATASET + ("manifest", "cache")},
@@ -189,7 +234,7 @@ def test_the_same_command_gives_the_same_weights(songs, tmp_path, base):
 
 def test_schedule(songs, tmp_path, monkeypatch):
     """On a plateau the learning rate decays, and the training ends."""
-    monkeypatch.setattr(train, "validate", lambda net, source: 1.0)
+    monkeypatch.setattr(train, "validate", lambda *_: 1.0)
     options = ["--epochs", "9", "--lr-decay-patience", "1", "--lr-decay-gamma", "0.5", "--patience", "5"]
     log = run(songs, tmp_path, *options)
     assert log["lr_history"] == [0.001, 0.001, 0.001, 0.0005, 0.0005, 0.0005]
@@ -345,6 +390,7 @@ def test_whole_tracks(songs, tmp_path, base):
         (["--epoch", "3"], "unrecognized arguments"),
         (["--batch-size", "0"], "at least 1"),
         (["--lr", "nan"], "more than 0"),
+        (["--ema", "1"], "1 is more than 0.99999"),
         (["--nb-channels", "3"], "invalid choice"),
         (["--source-augmentations", "reverb"], "unknown augmentation 'reverb': there are gain, channelswap"),
     ],

@@ -17,6 +17,7 @@ import numpy as np
 import soundfile
 import torch
 from sklearn.preprocessing import StandardScaler
+from torch.optim import swa_utils
 
 sys.path.insert(0, str(Path(__file__).parent))  # our stand-in for torchaudio, before openunmix imports it
 
@@ -197,6 +198,19 @@ def early_stops(losses, patience):
     return epochs
 
 
+def averages(values, decay):
+    """After each of values (nb_steps, …), torch's moving average, from zero on, corrected as Adam corrects moments."""
+    network = torch.nn.ParameterList([torch.zeros(values.shape[1:], dtype=torch.float64)])
+    average = swa_utils.AveragedModel(network, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(decay))
+    average.update_parameters(network)  # which copies the first, the zeros
+    results = []
+    for step, value in enumerate(values, 1):
+        network[0].data.copy_(torch.from_numpy(value))
+        average.update_parameters(network)
+        results.append(average.module[0].detach().numpy() / (1 - decay**step))
+    return np.stack(results)
+
+
 def helpers():
     rng = np.random.default_rng(0)
     # Plateaus: each is lower than the last by less or by more than the scheduler's threshold, a relative 1e-4, and
@@ -211,6 +225,7 @@ def helpers():
     losses = np.array(losses[:3000])
     schedules = [(1e-3, 0.3, 80), (1e-3, 0.3, 8), (1e-2, 0.7, 20), (1e-3, 0.5, 0), (1e-3, 0.3, 2)]
     patiences = [140, 20, 12, 1]
+    decays, values = [0.5, 0.9, 0.999], np.random.default_rng(1).normal(2, 1, (12, 7)).astype(np.float32)
     bands = [
         (rate, n_fft, bandwidth)
         for rate in (44100, 48000, 32000, 22050, 16000, 8000)
@@ -223,6 +238,9 @@ def helpers():
         "learning_rates": np.array([learning_rates(losses, *schedule) for schedule in schedules]),
         "patiences": np.array(patiences),
         "early_stops": np.array([early_stops(losses, patience) for patience in patiences]),
+        "values": values,
+        "decays": np.array(decays),
+        "averages": np.stack([averages(values, decay) for decay in decays]),
         "bands": np.array(bands),
         "max_bins": np.array([utils.bandwidth_to_max_bin(*band) for band in bands]),
     }
