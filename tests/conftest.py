@@ -1,3 +1,5 @@
+import signal
+
 import hypothesis
 import nnabla as nn
 import numpy as np
@@ -5,6 +7,9 @@ import pytest
 
 import kernels.threads
 import synthesize
+
+# Ctrl-C is ignored by what a shell's & has started, and so by all that it starts: tests send it, and wait
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # for mutants.py, which asks only whether a test fails: not with what example, made as small as can be
 hypothesis.settings.register_profile("mutants", phases=[hypothesis.Phase.generate], derandomize=True, database=None)
