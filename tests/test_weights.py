@@ -22,6 +22,7 @@ import nnabla as nn
 import numpy as np
 import pytest
 import shapes
+from archives import with_another_pickle
 
 import args
 import model
@@ -420,16 +421,6 @@ def test_archives_that_claim_more_than_they_hold(tmp_path):
     for name, reason in reasons.items():
         with pytest.raises(ValueError, match=f"{name}: .*{reason}"):
             weights.load(tmp_path / name)
-
-
-def with_another_pickle(content, change):
-    """A zip file of torch with its pickle changed and its checksums right."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(buffer, "w") as archive:
-        for name in source.namelist():
-            record = source.read(name)
-            archive.writestr(name, change(record) if name.endswith("data.pkl") else record)
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize("name", [*PTH, "ours.h5", "ours.pth"])

@@ -26,6 +26,7 @@ import nnabla as nn
 import numpy as np
 import shapes
 import soundfile
+from archives import with_another_pickle
 
 import args
 import audio
@@ -208,15 +209,6 @@ def declared(errors, function: Callable, *arguments):
         if not str(error) or len(str(error)) > 5000:
             raise AssertionError(f"a message of {len(str(error))} characters") from error
     return None
-
-
-def with_another_pickle(content: bytes, change: Callable) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(buffer, "w") as archive:
-        for name in source.namelist():
-            record = source.read(name)
-            archive.writestr(name, change(record) if name.endswith("data.pkl") else record)
-    return buffer.getvalue()
 
 
 def as_zip(pickled: bytes) -> bytes:
