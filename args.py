@@ -327,7 +327,7 @@ def separate_parser() -> Parser:
 
 
 def evaluate_parser() -> Parser:
-    parser = Parser(prog="evaluate.py", description="Separate MUSDB18's test set and score the stems with museval.")
+    parser = Parser(prog="evaluate.py", description="Separate MUSDB18's test set and score the stems.")
     parser.add_argument(
         "--evaldir", help="folder of the scores, where the same command continues; default: evaluation/<model>"
     )
@@ -336,6 +336,21 @@ def evaluate_parser() -> Parser:
         "--cores", type=POSITIVE, default=1, help="tracks at a time, a process each; they share --threads"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=path,
+        metavar=("A", "B"),
+        help="two folders of scores, song by song; nothing else",
+    )
+    scores = parser.add_argument_group("scores (BSSEval v4)")
+    scores.add_argument("--museval", action="store_true", help="by museval itself: the same, slower")
+    scores.add_argument(
+        "--reference-precision",
+        choices=("16", "file"),
+        default="16",
+        help="of the sources: 16 bits, as musdb reads them, or as the files hold them",
+    )
     data = add_musdb_options(parser)
     data.add_argument("--subset", choices=("test", "train", "valid"), default="test", help="valid is a part of train")
     add_separation_options(parser)

@@ -27,6 +27,7 @@ from matplotlib.image import imsave
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
+import bsseval
 import files
 from args import demo_parser
 from audio import write
@@ -142,13 +143,9 @@ def read(path: Path) -> tuple[np.ndarray, int]:
 
 def sdr(truth: np.ndarray, estimate: np.ndarray, rate: int) -> float:
     """Signal to distortion ratio in dB of audio (nb_channels, nb_timesteps): BSSEval v4, median over seconds."""
-    try:
-        import museval  # only here, since it needs ffmpeg
-    except RuntimeError as error:
-        raise UsageError(f"museval cannot be imported: {error}") from None
-    if not truth.any() or not estimate.any():
-        return np.nan  # silence has no such ratio, and museval raises
-    return np.nanmedian(museval.evaluate([truth.T], [estimate.T], win=rate, hop=rate)[0])
+    if not truth.sum(axis=0).any() or not estimate.sum(axis=0).any():
+        return np.nan  # BSSEval has no such ratio of what it takes for silence
+    return np.nanmedian(bsseval.evaluate([truth.T], [estimate.T], win=rate, hop=rate).SDR)
 
 
 def with_median(scores: dict[str, Sequence[float]]) -> list[tuple]:

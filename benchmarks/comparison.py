@@ -68,12 +68,14 @@ The training loss is the mean of the last {last} steps; SDRs are medians over fr
 
 ## Scores
 
-museval (BSSEval v4) over {test} songs of {duration} s, medians over frames, then over songs, in dB. Each side separates
+BSSEval v4 over {test} songs of {duration} s, medians over frames, then over songs, in dB. Each side separates
 with the networks that it trained from the same weights (above), with one iteration of the Wiener filter over the whole
 song, by its own command:
 
     python evaluate.py --root SONGS --is-wav --model OURS --cores {cores} --wiener-win-len 0
     python -m openunmix.evaluate --root SONGS --is-wav --model TORCHS --cores {cores}
+
+The second scores by museval, the first by `bsseval.py`.
 
 {scores}
 
@@ -90,7 +92,7 @@ Medians, in parentheses the smallest and the largest; ratios below 1: ours is th
 
 Training steps are those of the first section. Evaluations are those of torch's weights by both commands, {rounds} times
 in turn, with {cores} processes of {each_threads} thread(s) each: for torch by OMP_NUM_THREADS, since its command would
-start as many threads as there are cores in each process. Separation and museval are the seconds that a process spends
+start as many threads as there are cores in each process. Separation and scoring are the seconds that a process spends
 on a minute of audio; the whole command is time by the clock per minute of audio, with its start, reading and writing.
 Memory is that of the largest process. Other sizes, and each function: [performance.md](performance.md).
 
@@ -273,7 +275,7 @@ def speed_table(same, speed):
         ["training step", *(f"{spread(values, '.3f')} s" for values in steps), f"{ratio_of(*steps):.2f}"],
         ["memory of a training", *(f"{spread(values, '.0f')} MiB" for values in peaks), f"{ratio_of(*peaks):.2f}"],
     ]
-    for part in ("separation", "museval", "whole command"):
+    for part in ("separation", "scoring", "whole command"):
         values = [[report[part] for report in speed[side]] for side in SIDES]
         rows.append([f"evaluation: {part}", *(f"{spread(some, '.1f')} s" for some in values)])
         rows[-1].append(f"{ratio_of(*values):.2f}")

@@ -80,8 +80,8 @@ Written by `{command}` on {date}, at commit {commit}. Do not edit.
 Models of {nb_targets} targets, each trained for about {seconds} s in all, validation included, on {threads} threads:
 {train} synthetic songs of {duration} s to train with, {valid} for validation, {test} to separate. Networks have hidden
 size {hidden}; a step takes {batch_size} excerpts of {seq_dur} s; a training has {epochs} epochs, of as many excerpts as
-there is time for. Each has {nb_seeds} seeds: of initial weights, excerpts, dropout. SDR of museval, median over frames,
-then over songs, mean over targets, in dB.
+there is time for. Each has {nb_seeds} seeds: of initial weights, excerpts, dropout. SDR of BSSEval v4, median over
+frames, then over songs, mean over targets, in dB.
 
 {scores}
 

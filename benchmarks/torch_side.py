@@ -166,7 +166,7 @@ def evaluate(clock, arguments):
     """The command ``python -m openunmix.evaluate``; returns seconds per minute of audio and process, by part."""
     import museval  # not above, see train
 
-    spent = {part: multiprocessing.Value("d", 0) for part in ("audio", "separation", "museval")}  # of all processes
+    spent = {part: multiprocessing.Value("d", 0) for part in ("audio", "separation", "scoring")}  # of all processes
     load_separator, score, started = openunmix.utils.load_separator, museval.eval_mus_track, []
 
     def add(part, seconds):
@@ -182,13 +182,13 @@ def evaluate(clock, arguments):
         scores = score(track, *arguments, **options)
         add("audio", track.duration)
         add("separation", scoring - started[-1])
-        add("museval", time.perf_counter() - scoring)
+        add("scoring", time.perf_counter() - scoring)
         return scores
 
     openunmix.utils.load_separator, museval.eval_mus_track = timed_load, timed_score
     sys.argv[1:] = arguments
     runpy.run_module("openunmix.evaluate", run_name="__main__", alter_sys=True)
-    return {part: 60 * spent[part].value / spent["audio"].value for part in ("separation", "museval")}
+    return {part: 60 * spent[part].value / spent["audio"].value for part in ("separation", "scoring")}
 
 
 def read(clock, arguments, batch_size, nb_workers, nb_batches):

@@ -88,6 +88,17 @@ class Recording:
         nb_timesteps = self.nb_timesteps - start if nb_timesteps is None else nb_timesteps
         return np.ascontiguousarray(self.samples(start, nb_timesteps, dtype).T)
 
+    def read_16_bits(self, start: int, nb_timesteps: int) -> np.ndarray:
+        """Samples float32 (nb_channels, nb_timesteps) in the resolution of musdb, which has ffmpeg turn all to 16 bits.
+
+        Like ffmpeg: integers lose their last bits, floats are rounded and clipped.
+        """
+        if self.subtype.startswith("PCM"):
+            samples = self.samples(start, nb_timesteps, "int16")
+        else:
+            samples = np.rint(self.samples(start, nb_timesteps, "float64") * 32768).clip(-32768, 32767)
+        return np.ascontiguousarray(samples.T, np.float32) / 32768
+
 
 def stamp_of(path: str | Path) -> tuple[int, int]:
     """What changes with a file."""

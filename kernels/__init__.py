@@ -16,6 +16,7 @@ The rooms, each importing only those above it:
     shapes         what is checked of arguments
     threads        a small pool, and how work is cut
     compiler       how loops are compiled and cached; the types of their arguments; tanh
+    blas           routines of SciPy's BLAS and LAPACK, without threads of their own
     products       products of matrices, large and small
     spectra        audio to spectrogram and back
     normalization  normalisation with the activation or mask that follows it
@@ -23,4 +24,5 @@ The rooms, each importing only those above it:
     training       dropout, the loss, Adam
     lstm           stacked LSTM
     wiener         the multichannel Wiener filter
+    bsseval        correlations, filters and energies of BSSEval, in float64
 """

@@ -2,62 +2,17 @@
 
 import ctypes
 import itertools
-import threading
 
 import numpy as np
 from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import get_cython_function_address, intrinsic
+from numba.extending import intrinsic
 
+from kernels.blas import one_thread, routine
 from kernels.compiler import inline
 from kernels.shapes import check
 from kernels.threads import get_threads, run, split
-
-
-class _Blas:
-    """SciPy's BLAS, without threads of its own while any product of ours is under way.
-
-    The rows are spread over our pool instead. How many threads it has is a number of the whole process, and others use
-    it too: the first product to begin notes the number, the last one to end restores it.
-    """
-
-    NAMES = {  # what sets it: what tells it
-        "scipy_openblas_set_num_threads": "scipy_openblas_get_num_threads",
-        "openblas_set_num_threads": "openblas_get_num_threads",
-        "MKL_Set_Num_Threads": "MKL_Get_Max_Threads",
-    }
-
-    def __init__(self):
-        self.lock, self.products, self.before, self.sgemm = threading.Lock(), 0, 1, None
-
-    def __enter__(self):
-        with self.lock:
-            if self.sgemm is None:
-                self._find()
-            if self.products == 0:
-                self.before = self.get()
-                self.set(1)
-            self.products += 1
-        return self.sgemm
-
-    def __exit__(self, *error):
-        with self.lock:
-            self.products -= 1
-            if self.products == 0:
-                self.set(self.before)
-
-    def _find(self):
-        import scipy.linalg.cython_blas
-
-        library = ctypes.CDLL(scipy.linalg.cython_blas.__file__)  # its symbols and those of the BLAS it links to
-        known = [pair for pair in self.NAMES.items() if all(hasattr(library, name) for name in pair)]
-        self.set, self.get = (getattr(library, name) for name in known[0]) if known else (lambda n: None, lambda: 1)
-        address = get_cython_function_address("scipy.linalg.cython_blas", "sgemm")
-        self.sgemm = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 13)(address)
-
-
-_blas = _Blas()
 
 
 def _operand(matrix):
@@ -80,7 +35,8 @@ def _product(a, b, out, accumulate):
     alpha, beta = ctypes.byref(ctypes.c_float(1)), ctypes.byref(ctypes.c_float(accumulate))
     # BLAS counts by columns: it sees every matrix transposed, and outᵀ = bᵀ aᵀ
     data = [matrix.ctypes.data for matrix in (a, b, out)]
-    with _blas as sgemm:
+    sgemm = routine("cython_blas", "sgemm", 13)
+    with one_thread:
         sgemm(trans_b, trans_a, n, m, k, alpha, data[1], ldb, data[0], lda, beta, data[2], ldc)
 
 

@@ -16,15 +16,18 @@ import museval
 import numpy as np
 import pooch
 import pytest
+import scipy.stats
 import shapes
 import soundfile
 import stempeg
 
 import args
+import bsseval
 import context
 import evaluate
 import files
 import kernels.threads
+import scorer
 import scores
 import separate
 import weights
@@ -159,10 +162,103 @@ def theirs(root, whole, tmp_path_factory):
     return folder
 
 
-def test_json_is_musevals_own_for_the_same_stems(whole, theirs):
+def test_scores_are_musevals_own_for_the_same_stems(whole, theirs):
+    """Files have five decimals; in which other numbers are rounded, another one can come out."""
     for name in NAMES:
-        own, expected = (folder / "test" / f"{name}.json" for folder in (whole[0], theirs))
-        assert own.read_text() == expected.read_text()
+        own, expected = (json.loads((folder / "test" / f"{name}.json").read_text()) for folder in (whole[0], theirs))
+        assert [target["name"] for target in own["targets"]] == [target["name"] for target in expected["targets"]]
+        for one, other in zip(own["targets"], expected["targets"]):
+            assert one.keys() == other.keys()
+            for frame, twin in zip(one["frames"], other["frames"], strict=True):
+                assert (frame["time"], frame["duration"]) == (twin["time"], twin["duration"])
+                assert frame["metrics"] == pytest.approx(twin["metrics"], abs=1.1e-5, nan_ok=True)
+
+
+def test_scores_by_museval_itself(root, whole, theirs, tmp_path):
+    """With its version, and to the letter."""
+    shutil.copytree(root.parent, tmp_path / "copy")
+    for name in NAMES[1:]:
+        shutil.rmtree(tmp_path / "copy" / "musdb" / "test" / name)
+    written = run(tmp_path / "copy" / "musdb", tmp_path / "eval", "--museval")
+    assert written["settings"]["scorer"] == "museval 0.4.1" and not written["doubtful"]
+    own, expected = (folder / "test" / f"{NAMES[0]}.json" for folder in (tmp_path / "eval", theirs))
+    assert own.read_text() == expected.read_text()
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_what_is_scored_together_is_what_museval_scores_together(original):
+    """Any stems, in any order: the same targets of the same values, in a file of museval's form."""
+    rng = np.random.default_rng(1)
+    audio = {name: rng.standard_normal((3 * RATE, 1)).astype(np.float32) for name in (*TARGETS, "accompaniment")}
+    for names in (["accompaniment", "drums", "vocals"], ["drums", "bass"], ["vocals", "accompaniment"]):
+        truth = {name: audio[name] for name in names}
+        estimates = {name: sum(truth.values()) / 2 + truth[name] for name in names}
+        own = scorer.score("Song", truth, estimates, RATE, original)
+        own.validate()
+        targets = {name: SimpleNamespace(audio=audio[name].astype(float)) for name in names}
+        expected = museval.eval_mus_track(SimpleNamespace(name="Song", rate=RATE, targets=targets), estimates)
+        assert list(own.scores["targets"][0]) == list(expected.scores["targets"][0])
+        np.testing.assert_allclose(own.df.score, expected.df.score, atol=1.1e-5)
+        for column in ("target", "metric", "time", "track"):
+            assert list(own.df[column]) == list(expected.df[column])
+
+
+@pytest.mark.parametrize(
+    "subtype, values",
+    [("PCM_16", 16), ("PCM_24", 24), ("PCM_32", 32), ("PCM_U8", 8), ("FLOAT", 26), ("DOUBLE", 40)],
+)
+def test_references_are_those_that_musdb_reads(root, tmp_path, subtype, values):
+    """In 16 bits, whatever the files hold; by --reference-precision file, what they hold."""
+    folder = tmp_path / "musdb" / "test" / "Song"
+    folder.mkdir(parents=True)
+    audio = {name: np.random.default_rng(k).uniform(-1.2, 1.2, (RATE, 2)) for k, name in enumerate(TARGETS)}
+    for name, samples in {**audio, "mixture": sum(audio.values()) / 4}.items():
+        soundfile.write(folder / f"{name}.wav", samples.clip(-1, 1) if "PCM" in subtype else samples, RATE, subtype)
+    mus = musdb.DB(root=str(tmp_path / "musdb"), subsets="test", is_wav=True)
+    (song,) = musdb18.open_tracks(mus.tracks, mus.setup["sources"], True)
+    options = {"sources": mus.setup["sources"], "is_wav": True, "evaldir": tmp_path, "outdir": None, "original": False}
+    for names in (["bass"], ["drums", "other", "bass"]):
+        own, whole = (
+            scorer.Scorer(SimpleNamespace(sources=[]), None, {}, precision=precision, **options).reference(song, names)
+            for precision in ("16", "file")
+        )
+        np.testing.assert_array_equal(own, sum(mus.tracks[0].sources[name].audio for name in names))
+        exact = sum(soundfile.read(folder / f"{name}.wav")[0] for name in names)
+        np.testing.assert_allclose(whole, exact, rtol=0, atol=1e-15)
+        assert (np.abs(own - exact).max() > 1e-5) == (values > 16)
+
+
+def test_scores_that_are_noise_are_marked(root, tmp_path, capsys, monkeypatch):
+    """In the table, in the track's JSON, in the summary, with what to do."""
+    songs = copy(root, tmp_path / "copy")
+    evaluated = bsseval.evaluate
+
+    def noisy(references, estimates, **options):
+        found = evaluated(references, estimates, **options)
+        if len(next(iter(references))) == 4 * RATE:
+            found.movement["SIR"][1, 0] = 1
+        return found
+
+    shutil.rmtree(songs / "test" / NAMES[2])
+    shutil.rmtree(songs / "test" / NAMES[1])
+    write_song(songs / "test" / "Noise - Song", 7, 4)
+    monkeypatch.setattr(bsseval, "evaluate", noisy)
+    for precision, advice in (
+        ("file", "rely on SDR there, or use --reference-precision 16"),
+        ("16", "rely on SDR there"),
+    ):
+        evaldir = tmp_path / precision
+        written = run(songs, evaldir, *ACCOMPANIMENT, "--reference-precision", precision)
+        assert written["doubtful"] == {"Noise - Song": {"accompaniment": ["SIR"]}}
+        assert written["settings"]["reference_precision"] == precision
+        printed = capsys.readouterr().out
+        row = re.search("^accompaniment +(.*)$", printed, re.MULTILINE)[1].split()
+        assert [cell.endswith("*") for cell in row] == [False, True, False, False]
+        assert "last bit of the sources: Noise - Song\n" in printed and f"{advice}\n" in printed
+        track = json.loads((evaldir / "test" / "Noise - Song.json").read_text())
+        assert track["doubtful"] == written["doubtful"]["Noise - Song"] and track["scorer"] == "bsseval 1"
+        assert json.loads((evaldir / "test" / f"{NAMES[0]}.json").read_text())["doubtful"] == {}
+    assert "reference_precision" in fails(capsys, songs, evaldir, *ACCOMPANIMENT, "--reference-precision", "file")
 
 
 def test_the_table_has_the_medians_over_frames_then_over_tracks(root, whole, theirs, capsys):
@@ -174,7 +270,8 @@ def test_the_table_has_the_medians_over_frames_then_over_tracks(root, whole, the
         ]
     )
     scores = run(root, whole[0])["scores"]["four sources"]
-    np.testing.assert_allclose([[scores[target][metric] for target in TARGETS] for metric in METRICS], expected)
+    found = [[scores[target][metric] for target in TARGETS] for metric in METRICS]
+    np.testing.assert_allclose(found, expected, atol=2e-5)
     printed = capsys.readouterr().out
     for k, target in enumerate(TARGETS):
         row = re.search(rf"^{target} +(.*)$", printed, re.MULTILINE)[1].split()
@@ -264,11 +361,11 @@ def test_the_picture_and_the_summary(whole):
     evaldir, _ = whole
     assert (evaldir / "scores.png").read_bytes().startswith(b"\x89PNG")
     written = summary(evaldir)
-    assert written["settings"]["museval"] == "0.4.1" and written["settings"]["mode"].startswith("BSSEval v4")
+    assert written["settings"]["scorer"] == "bsseval 1" and written["settings"]["mode"].startswith("BSSEval v4")
     assert written["settings"]["niter"] == 1 and len(written["settings"]["weights"]) == 64
     assert written["model"].endswith("m0") and written["versions"]["nnabla"] == "1.39.0" and written["date"]
     assert set(written["tracks"]) == set(NAMES)
-    assert written["seconds_per_minute"]["museval"] > 0
+    assert written["seconds_per_minute"]["scoring"] > 0
 
 
 # ------------------------------------------------------------------------- tracks that cannot be scored
@@ -312,7 +409,7 @@ def test_silence_is_reported_and_kept_out(root, pair, tmp_path, capsys):
 def test_silence_is_what_museval_takes_for_it(audio):
     """It raises an error then, whatever else the audio holds."""
     audio = np.array(audio)
-    assert evaluate.is_silent(audio) == museval.metrics._any_source_silent(audio[None])
+    assert scorer.is_silent(audio) == museval.metrics._any_source_silent(audio[None])
 
 
 def test_frames_of_silence_are_left_out(root, tmp_path):
@@ -360,7 +457,7 @@ def test_whatever_is_wrong_with_a_track_the_others_go_on(root, tmp_path, capsys,
             raise error
         return musdb18.open_tracks(tracks, *arguments)
 
-    monkeypatch.setattr(evaluate, "open_tracks", opened)
+    monkeypatch.setattr(scorer, "open_tracks", opened)
     assert f"evaluate.py: {NAMES[0]}: {line}\n" in fails(capsys, root, tmp_path, *ACCOMPANIMENT, status=1)
     assert set(summary(tmp_path)["tracks"]) == set(NAMES[1:])
 
@@ -396,17 +493,17 @@ def test_a_process_that_cannot_begin(root, tmp_path, capfd, monkeypatch):
     assert all(f"{name}: UsageError: unknown model" in said for name in NAMES)
 
 
-def test_an_error_of_museval_is_that_of_its_track(root, tmp_path, capsys, monkeypatch):
-    score = museval.eval_mus_track
+def test_an_error_of_the_scores_is_that_of_its_track(root, tmp_path, capsys, monkeypatch):
+    score = scorer.score
 
-    def evaluated(track, estimates):
-        if track.name == NAMES[1]:
-            raise ZeroDivisionError("of museval")
-        return score(track, estimates)
+    def scored(name, *arguments):
+        if name == NAMES[1]:
+            raise ZeroDivisionError("of the scores")
+        return score(name, *arguments)
 
-    monkeypatch.setattr(museval, "eval_mus_track", evaluated)
+    monkeypatch.setattr(scorer, "score", scored)
     error = fails(capsys, root, tmp_path, *ACCOMPANIMENT, status=1)
-    assert f"{NAMES[1]}: ZeroDivisionError: of museval\n" in error
+    assert f"{NAMES[1]}: ZeroDivisionError: of the scores\n" in error
     assert {path.stem for path in (tmp_path / "test").glob("*.json")} == {NAMES[0], NAMES[2]}
 
 
@@ -549,8 +646,8 @@ def test_two_evaluations_into_one_folder(root, pair, tmp_path, capsys):
 
 def test_a_picture_of_any_names_and_of_no_scores(tmp_path):
     names = ["$\\frac$", "$", "\udcff", "ü\n"]
-    nothing = {name: dict.fromkeys(METRICS, float("nan")) for name in names}
-    scores.plot(tmp_path / "x.png", {"Song": nothing}, {"/".join(names): names}, "title")
+    nothing = {"Song": {name: dict.fromkeys(METRICS, float("nan")) for name in names}}
+    scores.plot(tmp_path / "x.png", nothing, scores.intervals(nothing), {"/".join(names): names}, "title")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -618,6 +715,16 @@ def test_scores_of_other_settings_are_not_mixed(root, pair, tmp_path, capsys, op
     assert before == sorted(path.read_text() for path in (tmp_path / "eval").rglob("*.json"))
 
 
+def test_scores_of_versions_with_museval_go_on(root, pair, tmp_path, capsys):
+    shutil.copytree(pair, tmp_path / "eval")
+    earlier = summary(tmp_path / "eval")
+    del earlier["settings"]["scorer"], earlier["settings"]["reference_precision"]
+    earlier["settings"]["museval"] = "0.4.1"
+    (tmp_path / "eval" / "summary.json").write_text(json.dumps(earlier))
+    assert "scorer 'museval 0.4.1', not 'bsseval 1'" in fails(capsys, root, tmp_path / "eval", *ACCOMPANIMENT)
+    run(root, tmp_path / "eval", *ACCOMPANIMENT, "--museval", "--reference-precision", "file")
+
+
 def test_scores_of_versions_without_the_regularisation_go_on(root, pair, tmp_path, capsys):
     shutil.copytree(pair, tmp_path / "eval")
     earlier = summary(tmp_path / "eval")
@@ -644,6 +751,151 @@ def test_several_models_are_scored_together(root, tmp_path, capsys, monkeypatch)
             found = soundfile.read(tmp_path / "stems" / "test" / track / f"{name}.wav", always_2d=True)[0].T
             np.testing.assert_allclose(found, stem, atol=1e-6)
     assert "weights" in fails(capsys, root, tmp_path / "evaluation" / "m0+m1", *ACCOMPANIMENT)
+
+
+# ------------------------------------------------------------------------------- spread, comparison
+
+
+def test_intervals_are_those_of_medians_over_songs():
+    """Of nine songs the median of a draw is at most the k-th, if at least five of it are: so likely is each end.
+
+    And the intervals hold what they promise.
+    """
+    values = [2.0**k for k in range(9)]
+    tracks = {f"{k}": {"bass": dict.fromkeys(METRICS, value)} for k, value in enumerate(values)}
+    tracks["none"] = {"bass": dict.fromkeys(METRICS, float("nan"))}
+    at_most = scipy.stats.binom.sf(4, 9, np.arange(1, 10) / 9)
+    expected = tuple(values[np.argmax(at_most >= share)] for share in (0.025, 0.975))
+    assert scores.intervals(tracks)["bass"]["SDR"] == expected
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(40):
+        drawn = rng.normal(3, 2, 50)
+        tracks = {k: {"bass": {"SDR": value, "SIR": 0, "ISR": 0, "SAR": 0}} for k, value in enumerate(drawn)}
+        low, high = scores.intervals(tracks)["bass"]["SDR"]
+        assert high - low < 2.5
+        hits += low <= 3 <= high
+    assert hits >= 34
+    assert np.isnan(scores.intervals({"0": tracks[0]})["bass"]["SDR"]).all()
+
+
+def test_the_spread_is_in_the_table_and_the_summary(root, pair, capsys):
+    spread = run(root, pair, *ACCOMPANIMENT)["intervals"]["vocals/accompaniment"]
+    printed = capsys.readouterr().out.splitlines()
+    for name in ("vocals", "accompaniment"):
+        k = next(k for k, line in enumerate(printed) if line.startswith(f"{name} "))
+        ends = [spread[name][metric] for metric in METRICS]
+        assert printed[k + 1].split() == ["95", "%", *(f"{low:.2f}…{high:.2f}" for low, high in ends)]
+        medians = [summary(pair)["tracks"][track][name]["SDR"] for track in NAMES]
+        assert spread[name]["SDR"] == [min(medians), max(medians)]  # each is the median of 7 in 27 draws of three
+
+
+def other_than(pair, folder, gains, keep=NAMES):
+    """A copy of an evaluation whose scores are higher by gains {song: dB}."""
+    shutil.copytree(pair, folder)
+    for path in (folder / "test").iterdir():
+        if path.stem not in keep:
+            path.unlink()
+            continue
+        track = json.loads(path.read_text())
+        for frame in (frame for target in track["targets"] for frame in target["frames"]):
+            frame["metrics"]["SDR"] += gains[path.stem]
+        path.write_text(json.dumps(track))
+    return folder
+
+
+def compared(*arguments):
+    evaluate.main(["--compare", *map(str, arguments)])
+
+
+def test_two_evaluations_song_by_song(root, pair, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    gains = dict(zip(NAMES, (0.5, -0.25, 1.0)))
+    other = other_than(pair, tmp_path / "other", gains)
+    changed = summary(other)
+    changed["settings"]["niter"] = 2
+    (other / "summary.json").write_text(json.dumps(changed))
+    compared(pair, other)
+    written = json.loads((tmp_path / "evaluation" / f"{pair.name}-other" / "comparison.json").read_text())
+    assert (tmp_path / "evaluation" / f"{pair.name}-other" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("vocals", "accompaniment"):
+        assert written["scores"]["vocals/accompaniment"][name] == pytest.approx(
+            {"SDR": 0.5, "SIR": 0, "ISR": 0, "SAR": 0}
+        )
+        assert written["intervals"]["vocals/accompaniment"][name]["SDR"] == pytest.approx([-0.25, 1])
+        for track, gain in gains.items():
+            assert written["tracks"][track][name]["SDR"] == pytest.approx(gain)
+    printed = capsys.readouterr().out
+    assert "SDR of vocals: higher in 2 songs, lower in 1\n" in printed
+    assert "differ in niter: 1 and 2\n" in printed
+    assert printed.startswith(f"{other} less {pair}, median over 3 songs")
+
+
+def test_a_comparison_with_museval_s_own_folder(pair, tmp_path, capsys):
+    """It has no summary; and of the songs, one is missing."""
+    other = other_than(pair, tmp_path / "other", dict.fromkeys(NAMES, 1), NAMES[:2])
+    (other / "summary.json").unlink()
+    compared(other, pair, "--evaldir", tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert set(written["tracks"]) == set(NAMES[:2]) and written["settings"] == {}
+    assert f"Only in {pair}: {NAMES[2]}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        ("nothing", "holds no scores"),
+        ("no folder", "holds no scores"),
+        ("track", "does not hold scores of museval's kind"),
+        ("json", "cannot read"),
+        ("targets", "cannot be compared: choose the same stems"),
+        ("alone", "alone"),
+        ("one target", "the one before of"),
+        ("songs", "no song in common"),
+        ("subsets", "two scores of a song"),
+        ("summary", "is not what evaluate.py writes"),
+        ("stems", "hold other sources"),
+    ],
+)
+def test_what_cannot_be_compared(pair, whole, tmp_path, capsys, spoil, message):
+    other = other_than(pair, tmp_path / "other", dict.fromkeys(NAMES, 0))
+    first, paths = pair, sorted((other / "test").iterdir())
+    track = json.loads(paths[1].read_text())
+    if spoil == "nothing":
+        shutil.rmtree(other / "test")
+    elif spoil == "no folder":
+        other = tmp_path / "nowhere"
+    elif spoil in ("track", "json"):
+        paths[1].write_text('{"targets": 3}' if spoil == "track" else "{")
+    elif spoil == "targets":
+        other = whole[0]
+    elif spoil in ("one target", "alone"):
+        del track["targets"][1:]
+        for path in paths if spoil == "alone" else paths[1:2]:
+            path.write_text(json.dumps(track))
+        first = other
+    elif spoil == "songs":
+        (other / "test").rename(other / "x")
+        (other / "test").mkdir()
+        (other / "x" / f"{NAMES[0]}.json").rename(other / "test" / "Another.json")
+        shutil.rmtree(other / "x")
+    elif spoil == "subsets":
+        shutil.copytree(other / "test", other / "train")
+    else:
+        changed = {"settings": {**summary(other)["settings"], "stems": {}}}
+        (other / "summary.json").write_text("[]" if spoil == "summary" else json.dumps(changed))
+    with pytest.raises(SystemExit) as error:
+        compared(first, other, "--evaldir", tmp_path / "out")
+    said = capsys.readouterr().err
+    assert error.value.code == 2 and message in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [["--niter", "1"], ["--quiet"], ["--museval"], ["--root", "x"]])
+def test_a_comparison_takes_no_other_options(pair, capsys, options):
+    with pytest.raises(SystemExit) as error:
+        compared(pair, pair, *options)
+    said = capsys.readouterr().err
+    assert error.value.code == 2 and options[0] in said and said.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------ options
@@ -762,7 +1014,7 @@ def stems_of(targets, residual=None, aggregate=None):
     separator = SimpleNamespace(targets=list(targets), sources=sources, residual=bool(residual))
     known = {name: {name: 1} for name in TARGETS}
     known.update(accompaniment=dict.fromkeys(TARGETS[1:], 1), linear_mixture=dict.fromkeys(TARGETS, 1))
-    return evaluate.references(separator, aggregate, known)
+    return scorer.references(separator, aggregate, known)
 
 
 @pytest.mark.parametrize(
@@ -787,7 +1039,7 @@ def stems_of(targets, residual=None, aggregate=None):
     ],
 )
 def test_labels(arguments, labels):
-    assert evaluate.evaluations(stems_of(*arguments)) == labels
+    assert scorer.evaluations(stems_of(*arguments)) == labels
 
 
 @pytest.mark.parametrize(
@@ -802,7 +1054,7 @@ def test_labels(arguments, labels):
 )
 def test_stems_that_cannot_be_scored(arguments, message):
     with pytest.raises(UsageError, match=message):
-        evaluate.evaluations(stems_of(*arguments))
+        scorer.evaluations(stems_of(*arguments))
 
 
 @pytest.mark.parametrize(

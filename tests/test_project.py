@@ -13,13 +13,14 @@ ROOT = Path(__file__).parents[1]
 LEVELS = (
     {"args", "utils", "music", "kernels", "randomness", "frames"},
     {"files", "containers", "ffmpeg_files"},
-    {"context", "fast", "filtering", "audio", "torch_files", "h5_files", "pretrained", "folders"},
+    {"context", "fast", "filtering", "bsseval", "audio", "torch_files", "h5_files", "pretrained", "folders"},
     {"functions", "foreign", "solvers", "scores", "datasets", "stems", "synthesize"},
     {"model", "losses", "data"},
     {"weights"},
     {"trained"},
     {"checkpoint", "ensemble"},
     {"train", "separate"},
+    {"scorer"},
     {"evaluate", "demo"},
 )
 FOLDERS = ("kernels", "datasets")  # whose files import each other

@@ -19,6 +19,7 @@ import scipy.linalg.cython_blas
 
 import context
 import functions
+import kernels.blas
 import kernels.products
 import kernels.threads
 import model
@@ -196,7 +197,7 @@ def test_blas_has_its_threads_again_after_a_product(three):
     for _ in range(2):
         kernels.products.matmul(matrix, matrix, np.empty_like(matrix))
         assert three() == 3
-    with pytest.raises(KeyboardInterrupt), kernels.products._blas:
+    with pytest.raises(KeyboardInterrupt), kernels.blas.one_thread:
         assert three() == 1
         raise KeyboardInterrupt
     assert three() == 3
@@ -207,7 +208,7 @@ def test_blas_has_its_threads_again_after_products_of_several_threads(three):
         matrix = np.ones((32, 32), np.float32)
         for _ in range(200):
             kernels.products.matmul(matrix, matrix, np.empty_like(matrix))
-            with kernels.products._blas:
+            with kernels.blas.one_thread:
                 assert three() == 1
 
     in_threads(work, 4)

@@ -34,6 +34,7 @@ import checkpoint
 import evaluate
 import ffmpeg_files
 import folders
+import scorer
 import scores
 import solvers
 import torch_files
@@ -440,7 +441,7 @@ class Json:
             self.config: CONFIG,
             self.log: {"args": {"nfft": 4, "hidden_size": 2}, "best_loss": 0.5},
             self.scored: self.track,
-            self.summary: {"settings": {"niter": 1, "targets": ["bass"]}, "seconds_per_minute": {"museval": 1.0}},
+            self.summary: {"settings": {"niter": 1, "targets": ["bass"]}, "seconds_per_minute": {"scoring": 1.0}},
         }
         self.scorer = SimpleNamespace(
             evaldir=folder, stems={"vocals": 0, "accompaniment": 0}, json=lambda track: folder / "track.json"
@@ -464,7 +465,7 @@ class Json:
         declared(ValueError, weights._read_log, path)
 
     def scored(self, path, rng):
-        if evaluate.Scorer.scored(self.scorer, None) and rng.random() < 0.3:  # which pandas takes long for
+        if scorer.Scorer.scored(self.scorer, None) and rng.random() < 0.3:  # which pandas takes long for
             declared(UsageError, lambda: scores.medians(scores.read_scores([path])))
 
     def summary(self, path, rng):
