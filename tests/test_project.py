@@ -68,6 +68,11 @@ def test_imports_have_no_circle():
     TopologicalSorter({module: imported(module) & MODULES.keys() for module in MODULES}).prepare()
 
 
+def test_programs_hide_no_room():
+    """A program's own folder comes first where Python looks for modules."""
+    assert not {path.stem for path in ROOT.glob("benchmarks/*.py")} & set(MODULES)
+
+
 def test_readme_lists_every_file():
     readme = (ROOT / "README.md").read_text()
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.yml"), *ROOT.glob("requirements*.txt"), *ROOT.glob("docs/*.md")]:

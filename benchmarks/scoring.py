@@ -1,4 +1,4 @@
-"""Time and memory of bsseval.evaluate and of museval.evaluate, on the same songs: ``python benchmarks/scores.py``.
+"""Time and memory of bsseval.evaluate and of museval.evaluate, on the same songs: ``python benchmarks/scoring.py``.
 
 Every measurement is a process of its own, of this file too; those to be compared alternate. The report,
 docs/scores.md, is written whole.
@@ -62,7 +62,7 @@ def score(clock, side, seconds, threads):
 def run(side, seconds, threads):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": str(threads)}
     options = json.dumps({"work": "score", "side": side, "seconds": seconds, "threads": threads})
-    return json.loads(execute([sys.executable, HERE / "scores.py", options], environment).splitlines()[-1])
+    return json.loads(execute([sys.executable, HERE / "scoring.py", options], environment).splitlines()[-1])
 
 
 def main():
