@@ -13,7 +13,7 @@ import sys
 
 import work
 from comparison import CORES, PERTURBATION, SEEDED, SIDES, SLOW_LR, medians, scores_of, write_report
-from report import ROOT, add_options, execute, machine, origin, run, warn_if_busy
+from report import ROOT, add_options, execute, measured, run
 
 PAIR = ("--targets", SEEDED, "--residual", "residual")
 PAIR += ("--aggregate", json.dumps({SEEDED: [SEEDED], "accompaniment": ["residual"]}))
@@ -125,20 +125,14 @@ def measure(runs):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="minutes, to see that it runs; into build/quick only")
+    parser.add_argument("--quick", action="store_true", help="minutes, to see that it runs; into build/ only")
     parser.add_argument("--report", action="store_true", help="write the report of the last run again")
     add_options(parser)
     args = parser.parse_args()
-    folder = ROOT / "build" / ("quick" if args.quick else "compare")
-    path = (folder if args.quick else ROOT / "docs") / "comparison.md"
-    kept = folder / "results.json"
-    if not args.report:
-        warn_if_busy()
-        sizes = QUICK if args.quick else FULL
-        about = {"sizes": sizes, "threads": args.threads, "machine": machine(), "origin": origin()}
-        results = measure(Runs(folder, sizes, args.threads, args.reference))
-        kept.write_text(json.dumps({**about, **results}))
-    fine = write_report(json.loads(kept.read_text()), folder / "scores", path)
+    results, folder, page = measured(
+        args, "compare", (FULL, QUICK), lambda *where: measure(Runs(*where, args.threads, args.reference))
+    )
+    fine = write_report(results, folder / "scores", page)
     if not (fine or args.quick):  # which is too short for speed and spread
         sys.exit("ours and torch are further apart than they should be: see the first table")
 

@@ -18,7 +18,7 @@ import sys
 from typing import NamedTuple
 
 import scipy.stats
-from report import ROOT, execute, machine, origin, table, warn_if_busy, write_part
+from report import ROOT, execute, measured, table, write_part
 
 sys.path.append(str(ROOT))
 from comparison import scores_of
@@ -224,15 +224,10 @@ def main():
     parser.add_argument("--report", action="store_true", help="write the part of the last run again")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
     args = parser.parse_args()
-    folder = ROOT / "build" / ("quick-extensions" if args.quick else "extensions")
-    path = (folder if args.quick else ROOT / "docs") / "comparison.md"
-    kept = folder / "results.json"
-    if not args.report:
-        warn_if_busy()
-        sizes = QUICK if args.quick else FULL
-        about = {"sizes": sizes, "threads": args.threads, "machine": machine(), "origin": origin()}
-        kept.write_text(json.dumps({**about, "runs": measure(Runs(folder, sizes, args.threads))}))
-    write_report(json.loads(kept.read_text()), path)
+    results, _, page = measured(
+        args, "extensions", (FULL, QUICK), lambda *where: {"runs": measure(Runs(*where, args.threads))}
+    )
+    write_report(results, page)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,29 @@ def table(header, rows):
     return "\n".join(f"| {' | '.join(row)} |" for row in aligned)
 
 
+def measured(args, name, sizes, measure):
+    """What a part of docs/comparison.md says, kept in build/ so that --report writes it again.
+
+    Args:
+        args: quick, report, threads
+        name: of the folder in build/
+        sizes: those of a full run, and with --quick
+        measure: function of folder and sizes that returns a dict
+    Returns:
+        results of `measure`, or of the last run, with sizes, threads, machine and origin; the folder; the page
+    """
+    folder = ROOT / "build" / (f"quick-{name}" if args.quick else name)
+    page = (folder if args.quick else ROOT / "docs") / "comparison.md"
+    kept = folder / "results.json"
+    if not args.report:
+        warn_if_busy()
+        sizes = sizes[args.quick]
+        about = {"sizes": sizes, "threads": args.threads, "machine": machine(), "origin": origin()}
+        results = measure(folder, sizes)
+        kept.write_text(json.dumps({**about, **results}))
+    return json.loads(kept.read_text()), folder, page
+
+
 def write_part(path, writer, text):
     """Write what a program says on a page that it shares with others: their parts stay as they are.
 
