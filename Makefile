@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON = .venv/bin/python
 REFERENCE = .venv-reference/bin/python
 
-.PHONY: help setup demo test lint reference mutants mutants-quick faults compare bench clean
+.PHONY: help setup mpi demo test lint reference mutants mutants-quick faults compare bench gpu clean
 
 help:
 	@echo "make demo       synthesize songs, train a bass model on them, separate: demo/index.html"
@@ -13,6 +13,7 @@ help:
 	@echo "make faults     kill commands, fill disks, damage files, craft media, fuzz all that reads (two hours)"
 	@echo "make compare    train, separate and score with both, and with extensions, into docs/comparison.md (80 minutes)"
 	@echo "make bench      speed and memory against torch and native NNabla, into docs/performance.md and data.md (30 minutes)"
+	@echo "make gpu        check and measure everything on a GPU, into docs/gpu.md (10 minutes; CONTEXT=cpu rehearses it)"
 	@echo "make setup      only the environment, in .venv"
 
 setup: .venv/installed
@@ -21,8 +22,15 @@ setup: .venv/installed
 	    echo "Installing ffmpeg"; apt-get update -qq >/dev/null && apt-get install -y -qq ffmpeg >/dev/null; \
 	  else echo "ffmpeg and ffprobe are missing: install ffmpeg (sudo apt-get install ffmpeg)"; exit 1; fi; }
 
+# For the tests of several processes, which are skipped without it.
+mpi:
+	@command -v mpirun >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "Installing Open MPI"; apt-get update -qq >/dev/null && apt-get install -y -qq openmpi-bin >/dev/null; \
+	  else echo "mpirun is missing, its tests are skipped (sudo apt-get install openmpi-bin)"; fi; }
+
 # NNabla has wheels for Python 3.8 to 3.10, NumPy 1.26 for 3.9 and later.
-.venv/installed: requirements.txt requirements-dev.txt
+.venv/installed: requirements.txt requirements-mpi.txt requirements-dev.txt
 	@if [ ! -x $(PYTHON) ]; then \
 	  for python in python3.10 python3.9 python python3; do \
 	    if $$python -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 9), (3, 10)))' 2>/dev/null; then \
@@ -33,7 +41,7 @@ setup: .venv/installed
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-test: setup
+test: setup mpi
 	$(PYTHON) -m pytest -q
 
 lint: setup
@@ -87,6 +95,11 @@ compare: setup .venv-reference/installed
 bench: setup .venv-reference/installed
 	$(PYTHON) benchmarks/bench.py
 	$(PYTHON) benchmarks/reading.py
+
+# In an environment that has NNabla's extension: see README.md.
+CONTEXT = cudnn
+gpu: setup
+	$(PYTHON) benchmarks/gpu.py --context $(CONTEXT)
 
 clean:
 	rm -rf .venv .venv-reference build demo

@@ -90,8 +90,8 @@ def path(text: str) -> str:
 
 def add_context_options(parser: Parser) -> None:
     group = parser.add_argument_group("device")
-    group.add_argument("--context", choices=CONTEXTS, help="default: cudnn where it works, else cpu")
-    group.add_argument("--device-id", type=COUNT, default=0, help="number of the GPU")
+    group.add_argument("-c", "--context", choices=CONTEXTS, help="default: cudnn where it works, else cpu")
+    group.add_argument("-d", "--device-id", type=COUNT, default=0, help="number of the GPU")
     group.add_argument("--threads", type=number(int, 1, upper=NB_THREADS), help="of the CPU; default: all cores")
     group.add_argument("--plain", action="store_true", help="NNabla's native functions on the CPU too (slow)")
 
@@ -195,7 +195,7 @@ def train_parser(augmentations: Iterable[str] = (), losses: Iterable[str] = ()) 
 
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=POSITIVE, default=1000, help="number of epochs")
-    recipe.add_argument("--batch-size", type=POSITIVE, default=16, help="excerpts per step")
+    recipe.add_argument("--batch-size", type=POSITIVE, default=16, help="excerpts per step, of all processes together")
     recipe.add_argument("--lr", type=number(float, 0, True), default=0.001, help="learning rate")
     recipe.add_argument(
         "--loss", default="mse", metavar="NAME", help=f"what is minimised: {', '.join(losses)}, or FILE.py:FUNCTION"
@@ -320,6 +320,9 @@ def separate_parser() -> Parser:
     parser.add_argument("--duration", type=number(float, 0, True), help="seconds to separate; default: all")
     parser.add_argument("--ext", choices=("wav", "flac"), default="wav", help="file format of the stems")
     parser.add_argument("--subtype", choices=("16", "24", "float"), help="default: float for wav, 24 for flac")
+    parser.add_argument(
+        "--cores", type=POSITIVE, default=1, help="recordings at a time, a process each; they share --threads"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_separation_options(parser)
     add_context_options(parser)

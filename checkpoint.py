@@ -25,6 +25,7 @@ import files
 import folders
 import randomness
 from args import train_parser
+from communicator import ALONE, Alone
 from trained import STATISTICS, Model
 from utils import UsageError
 
@@ -298,9 +299,11 @@ class Keeper:
         model, solver: what is trained
         kept: the model whose weights are validated and kept, averages or the model itself
         state: see `STATE`; its dicts change while the training goes on
+        settle: brings them up to date, before anything is saved
         every: seconds between checkpoints within an epoch
         asked: whether a signal has asked for the end
         resumed: path of the checkpoint that the training goes on from; None: it is new
+        processes: all that train it; the first one saves
     """
 
     def __init__(
@@ -310,12 +313,15 @@ class Keeper:
         kept: Model,
         solver: Any,
         state: dict,
+        settle: Callable[[], None],
         every: float,
         asked: Callable[[], bool],
         resumed: Path | None = None,
+        processes: Alone = ALONE,
     ):
+        self.processes = processes
         self.path, self.model, self.kept, self.solver = path, model, kept, solver
-        self.state, self.every, self.asked = state, every, asked
+        self.state, self.settle, self.every, self.asked = state, settle, every, asked
         # A training that goes on from the one before: the last one is damaged, and does not become the one before.
         origin = resumed and resumed.resolve()
         self.is_ours = origin == path.resolve()  # what lies at `path`
@@ -326,7 +332,8 @@ class Keeper:
     def between(self, items: Iterable) -> Iterator:
         """The items; between two of them, save if it is time; if a signal has come, save and end.
 
-        If to get the next one fails, what has been done so far is saved.
+        If to get the next one fails, what has been done so far is saved. All processes have as many items, and end
+        together.
 
         Raises:
             KeyboardInterrupt: a signal has come.
@@ -334,19 +341,25 @@ class Keeper:
         """
         items = iter(items)
         while True:
+            error = None
             try:
                 item = next(items)
             except StopIteration:
                 return
+            except Exception as raised:
+                error = raised
+            try:
+                self.processes.check(error)
             except Exception:
                 with contextlib.suppress(OSError, MemoryError):
                     self._save_news()
                 raise
             yield item
             ends = self.asked()
-            if ends or time.monotonic() >= self.time + self.every:
-                self._save_news()
-            if ends:
+            if not self.processes.any(ends or time.monotonic() >= self.time + self.every):
+                continue
+            self._save_news()
+            if self.processes.any(ends):
                 where = f"in epoch {self.state['progress']['epoch']}, step {self.state['progress']['steps']}"
                 raise KeyboardInterrupt(f"interrupted {where}; --checkpoint {self.path.parent} continues")
 
@@ -363,8 +376,15 @@ class Keeper:
         """Write the checkpoint; the last one becomes the one before.
 
         Raises:
-            OSError: it cannot be written, or numbers are not finite; what was there is still there.
+            OSError: it cannot be written, or numbers are not finite; what was there is still there. Or what `settle`
+                raises.
         """
+        self.settle()
+        self.processes.first(self._write)
+        self.is_ours, self.replaces = True, False
+        self.saved, self.time = dict(self.state["progress"]), time.monotonic()
+
+    def _write(self):
         arrays = {f"parameters/{name}": value for name, value in self.model.arrays().items()}
         if self.kept is not self.model:
             arrays.update({f"average/{name}": value for name, value in self.kept.arrays().items()})
@@ -381,5 +401,3 @@ class Keeper:
         files.write(self.path, *parts, former=before(self.path) if self.is_ours else None)
         if self.replaces:
             before(self.path).unlink(missing_ok=True)
-        self.is_ours, self.replaces = True, False
-        self.saved, self.time = dict(self.state["progress"]), time.monotonic()

@@ -6,27 +6,19 @@ medians over frames, then over tracks, the way of SiSEC 2018. ``--compare A B`` 
 
 from __future__ import annotations  # unions, on Python 3.9
 
-import contextlib
 import datetime
 import hashlib
-import logging
-import multiprocessing
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import utils
+import pool
 
-if __name__ == "__main__":
-    utils.start()  # before imports that take long
-elif __name__ == "__mp_main__":  # of `in_processes`
-    logging.getLogger("nnabla").setLevel(logging.WARNING)  # else its import is announced, in each of them
+if __name__ in ("__main__", "__mp_main__"):
+    pool.start(__name__)  # before imports that take long
 
 import nnabla as nn
 from tqdm import tqdm
@@ -34,7 +26,7 @@ from tqdm import tqdm
 import context
 import files
 import folders
-import kernels.threads
+import utils
 from args import evaluate_parser
 from datasets.musdb18 import database
 from scorer import Scorer, evaluations, references, scored_by
@@ -64,65 +56,9 @@ def set_up(loading: dict, threads: int, plain: bool, **options) -> Scorer:
     return Scorer(Separator.load(**loading), **options)
 
 
-_scorer = None  # of a process of `in_processes`
-
-
-def _start(arguments):
-    def end_with_parent():  # else a process would work on after kill -9, and then wait for ever
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    global _scorer
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    tqdm.set_lock(threading.RLock())  # its own is one between processes, which those that are killed leave behind
-    try:
-        with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):  # the parent said it
-            _scorer = set_up(**arguments)
-    except Exception as error:  # which the parent has not met: now it is that of each track
-        line = f"{type(error).__name__}: {utils.describe(error)}"
-
-        def _scorer(track):
-            return {"track": track.name, "error": line}
-
-
-def _score(track):
-    return _scorer(track)
-
-
-def in_processes(tracks: list[musdb.MultiTrack], cores: int, threads: int, arguments: dict) -> Iterator[dict]:
-    """Results of tracks, as they come, from `cores` processes of `threads` threads each.
-
-    Processes are spawned, not forked: a fork would copy NNabla's state and our pool, but not their threads.
-    """
-    limits = {f"{name}_NUM_THREADS": str(threads) for name in ("OPENBLAS", "MKL", "OMP")}
-    before = {name: os.environ.get(name) for name in limits}
-    with ProcessPoolExecutor(
-        cores, multiprocessing.get_context("spawn"), _start, ({**arguments, "threads": threads},)
-    ) as pool:
-        try:
-            # What processes are born with: BLAS reads its limits when it is imported, and Ctrl-C is for us alone.
-            os.environ.update(limits)
-            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-            pending = {}
-            try:
-                for track in tracks:
-                    with contextlib.suppress(BrokenProcessPool):  # one has died already
-                        pending[pool.submit(_score, track)] = track
-            finally:
-                signal.signal(signal.SIGINT, handler)
-                for name, value in before.items():
-                    os.environ.pop(name) if value is None else os.environ.update({name: value})
-            left = list(tracks)
-            for future in as_completed(pending):
-                with contextlib.suppress(BrokenProcessPool):
-                    yield future.result()
-                    left.remove(pending[future])
-            died = "not scored, a process died: of too little memory? Try fewer --cores"
-            yield from ({"track": track.name, "error": died} for track in left)
-        except BaseException:
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+def not_scored(track: musdb.MultiTrack, line: str) -> dict:
+    """What a Scorer gives, of a track that it could not be handed to."""
+    return {"track": track.name, "error": line}
 
 
 # ---------------------------------------------------------------------------------------------- results
@@ -213,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         names = "-".join(Path(folder).resolve().name for folder in args.compare)
         compare(*args.compare, Path(os.path.expanduser(args.evaldir or Path("evaluation", names))))
         return
+    cores = pool.places(args.cores)
     subset, split = ("train", "valid") if args.subset == "valid" else (args.subset, None)
     evaldir = Path(os.path.expanduser(args.evaldir or Path("evaluation", folders.name_of_models(args.model))))
     mus = database(args.root, args.is_wav, subset, split)
@@ -263,10 +200,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         todo = [track for track in mus.tracks if not scorer.done(track)]
         if len(todo) < len(mus.tracks) and not args.quiet:
             print(f"{len(mus.tracks) - len(todo)} of {len(mus.tracks)} tracks have their scores already")
-        cores = max(1, min(args.cores, len(todo)))
+        cores = max(1, min(cores, len(todo)))
         if cores > 1:
-            arguments = {"loading": {**loading, "quiet": True}, "plain": args.plain, **options}
-            results = in_processes(todo, cores, max(1, kernels.threads.get_threads() // cores), arguments)
+            begin = partial(set_up, loading={**loading, "quiet": True}, plain=args.plain, **options)
+            results = pool.results(todo, begin, not_scored, cores, args.threads)
         else:
             results = map(scorer, todo)
         try:
@@ -282,4 +219,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    pool.run(main)

@@ -22,6 +22,7 @@ from nnabla.parameter import get_parameter_or_create
 
 import context
 import fast
+import fourier
 import kernels.correlations
 import kernels.spectra
 from fast import BN_DECAY, BN_EPS
@@ -52,11 +53,32 @@ def stft(x: nn.Variable, n_fft: int, n_hop: int, center: bool) -> tuple[nn.Varia
         ValueError: sizes that cannot be; the audio is too short for a frame, or for the reflection.
     """
     _check_frames(x, n_fft, n_hop, center)
-    nb_samples, nb_channels, nb_timesteps = x.shape
-    packed = F.reshape(x, (nb_samples * nb_channels, nb_timesteps), inplace=False)
-    real, imag = F.stft(packed, n_fft, n_hop, n_fft, window_type="hanning", center=center, pad_mode="reflect")
-    shape = (nb_samples, nb_channels) + real.shape[1:]
-    return F.reshape(real, shape), F.reshape(imag, shape)
+    parts = _transform(_centred(x, n_fft) if center else x, n_fft, n_hop)
+    return tuple(F.transpose(part, (1, 2, 0, 3)) for part in parts)
+
+
+def _centred(x, n_fft):
+    return F.pad(x, (n_fft // 2, n_fft // 2), mode="reflect")
+
+
+def _transform(x, n_fft, n_hop):
+    """The uncentred STFT of audio (N, C, nb_timesteps), laid out as it is computed: real, imaginary (F, N, C, T)."""
+    rows = F.reshape(x, (x.shape[0] * x.shape[1], x.shape[2]), inplace=False)
+    parts = fourier.transform(rows, n_fft, n_hop)
+    return [F.reshape(part, (part.shape[0], *x.shape[:2], part.shape[2])) for part in parts]
+
+
+BLOCK = 2**26  # samples in frames that are transformed at once: two batches of 16, some 1 GB of memory
+
+
+def _blocks(x, n_fft, n_hop):
+    """Audio (N, C, nb_timesteps) in pieces, as many as memory needs, and of each the first frame and the one after."""
+    nb_frames = kernels.spectra.nb_frames(x.shape[2], n_fft, n_hop, False)
+    size = max(1, BLOCK // (x.shape[0] * x.shape[1] * n_fft))
+    for start in range(0, nb_frames, size):
+        stop = min(start + size, nb_frames)
+        samples = start * n_hop, (stop - 1) * n_hop + n_fft
+        yield F.slice(x, start=(0, 0, samples[0]), stop=(*x.shape[:2], samples[1])), start, stop
 
 
 def magnitude(real: nn.Variable, imag: nn.Variable, power: float, mono: bool) -> nn.Variable:
@@ -72,10 +94,13 @@ def magnitude(real: nn.Variable, imag: nn.Variable, power: float, mono: bool) ->
     if real.ndim != 4 or real.shape != imag.shape:
         raise ValueError(f"real part of shape {real.shape}, imaginary of {imag.shape}: expected (N, C, F, T) of both")
     finite("power", power, 0)
-    spectrogram = F.pow_scalar(real**2 + imag**2, power / 2)
-    if mono:
-        spectrogram = F.mean(spectrogram, axis=1, keepdims=True)
-    return F.transpose(spectrogram, (3, 0, 1, 2))
+    return _magnitude(real, imag, power, mono, (3, 0, 1, 2))
+
+
+def _magnitude(real, imag, power, mono, axes):
+    """`magnitude` in any layout: `axes` are where its T, N, C and F are."""
+    X = F.transpose(F.pow_scalar(real**2 + imag**2, power / 2), axes)
+    return F.mean(X, axis=2, keepdims=True) if mono else X
 
 
 def spectrogram(
@@ -86,7 +111,11 @@ def spectrogram(
     finite("power", power, 0)
     if context.fast() and not x.need_grad:  # the fast form has no gradient
         return fast.Spectrogram(n_fft, n_hop, center, power, mono)(x)
-    return magnitude(*stft(x, n_fft, n_hop, center), power, mono)
+    x = _centred(x, n_fft) if center else x
+    parts = []
+    for block, _, _ in _blocks(x, n_fft, n_hop):
+        parts.append(_magnitude(*_transform(block, n_fft, n_hop), power, mono, (3, 1, 2, 0)))
+    return F.concatenate(*parts, axis=0) if len(parts) > 1 else parts[0]
 
 
 def waveforms(magnitudes: Sequence[nn.Variable], x: nn.Variable, n_fft: int, n_hop: int) -> list[nn.Variable]:
@@ -103,7 +132,7 @@ def waveforms(magnitudes: Sequence[nn.Variable], x: nn.Variable, n_fft: int, n_h
     Returns:
         of each target, audio (N, C, nb_timesteps)
     Raises:
-        ValueError: shapes that do not fit together; n_fft is no multiple of n_hop, which F.istft needs.
+        ValueError: shapes that do not fit together; n_fft is no multiple of n_hop.
     """
     _check_frames(x, n_fft, n_hop, False)
     if n_fft % 2 or n_fft % n_hop or n_fft == n_hop:
@@ -116,19 +145,19 @@ def waveforms(magnitudes: Sequence[nn.Variable], x: nn.Variable, n_fft: int, n_h
     if context.fast():
         audio = fast.Waveforms(len(magnitudes), n_fft, n_hop)(x, *magnitudes)
         return audio if len(magnitudes) > 1 else [audio]
-    real, imag = stft(x, n_fft, n_hop, False)
-    phase = F.atan2(imag, real).apply(need_grad=False)
-    audio, shape = [], (nb_samples * nb_channels, nb_bins, nb_frames)
-    nb_silent = n_fft // n_hop  # frames on both sides
-    start, length = nb_silent * n_hop - n_fft // 2, (nb_frames - 1) * n_hop + n_fft
-    for Y in magnitudes:
-        Y = F.transpose(Y, (1, 2, 3, 0))
-        parts = [F.reshape(Y * part(phase), shape) for part in (F.cos, F.sin)]
-        parts = [F.pad(part, (0, 0, 0, 0, nb_silent, nb_silent)) for part in parts]
-        y = F.istft(*parts, n_fft, n_hop, n_fft, window_type="hanning", center=True, pad_mode="constant")
-        y = F.slice(y, start=(0, start), stop=(shape[0], start + length))
-        audio.append(F.reshape(F.pad(y, (0, 0, 0, nb_timesteps - length)), x.shape))
-    return audio
+    audio = [[] for _ in magnitudes]
+    for block, start, stop in _blocks(x, n_fft, n_hop):
+        real, imag = _transform(block, n_fft, n_hop)
+        phase = F.atan2(imag, real).apply(need_grad=False)
+        directions = F.cos(phase), F.sin(phase)
+        for Y, parts in zip(magnitudes, audio):
+            Y = F.slice(Y, start=(start, 0, 0, 0), stop=(stop, *Y.shape[1:]))
+            Y = F.transpose(Y, (3, 1, 2, 0))
+            spectra = [F.reshape(Y * direction, (nb_bins, -1, stop - start)) for direction in directions]
+            y = fourier.inverse(*spectra, n_fft, n_hop)
+            before = start * n_hop
+            parts.append(F.pad(y, (0, 0, before, nb_timesteps - before - y.shape[1])))
+    return [F.reshape(sum(parts[1:], parts[0]), x.shape) for parts in audio]
 
 
 # ------------------------------------------------------------------------------------------- network
@@ -165,9 +194,11 @@ def input_affine(x: nn.Variable, n_outmaps: int, mean: nn.Variable, scale: nn.Va
         W = get_parameter_or_create("affine/W", (fan_in, n_outmaps), _uniform(fan_in))
     if context.fast():
         return fast.InputAffine()(x, W, mean, scale)
-    h = F.slice(x, stop=x.shape[:3] + (max_bin,))
-    h = (h + F.reshape(mean, (1, 1, 1, -1))) * F.reshape(scale, (1, 1, 1, -1))
-    return F.affine(F.reshape(h, x.shape[:2] + (fan_in,)), W, base_axis=2)
+    # x (scale W) + mean (scale W): mean and scale have their gradients from those of W, which is the smaller, not of x
+    W = F.reshape(F.reshape(W, (-1, max_bin, n_outmaps)) * F.reshape(scale, (1, -1, 1)), W.shape)
+    mean = F.reshape(F.broadcast(F.reshape(mean, (1, -1)), (x.shape[2], max_bin)), (1, fan_in))
+    h = F.reshape(F.slice(x, stop=x.shape[:3] + (max_bin,)), x.shape[:2] + (fan_in,))
+    return F.affine(h, W, F.reshape(F.affine(mean, W), (n_outmaps,)), base_axis=2)
 
 
 def batch_normalization(
@@ -186,8 +217,18 @@ def batch_normalization(
         beta, gamma, mean, var = _bn_parameters(x.shape[2])
     if context.fast() and activation in fast.KINDS:
         return fast.BatchNormalization(fast.KINDS[activation], test)(x, beta, gamma, mean, var)
-    h = F.batch_normalization(x, beta, gamma, mean, var, [2], BN_DECAY, BN_EPS, batch_stat=not test)
-    return activation(h)
+    return activation(_normalized(x, beta, gamma, mean, var, test))
+
+
+def _normalized(x, beta, gamma, mean, var, test):
+    """Batch normalisation of the features of x (T, N, features).
+
+    With running statistics, cuDNN takes no more than 65535 frames, 25 minutes (PyTorch's Normalization.cpp states its
+    limits); so there it is written out.
+    """
+    if test:
+        return (x - mean) * (gamma * (var + BN_EPS) ** -0.5) + beta
+    return F.batch_normalization(x, beta, gamma, mean, var, [2], BN_DECAY, BN_EPS)
 
 
 def lstm(
@@ -219,8 +260,9 @@ def lstm(
     for layer, (weight, bias_ih, bias_hh) in enumerate(zip(weights, biases_ih, biases_hh)):
         if layer > 0 and dropout > 0 and not test:
             x = F.dropout(x, dropout)  # F.lstm has an argument for it, which the CPU ignores
-        state = (1, nb_directions, x.shape[1], hidden_size)
-        h, c = F.constant(0, state), F.constant(0, state)
+        h, c = (nn.Variable((1, nb_directions, x.shape[1], hidden_size)) for _ in range(2))
+        h.data.zero()  # F.constant is a function of the CPU: in every step its values would be copied to the device
+        c.data.zero()
         bias = F.reshape(bias_ih + bias_hh, (1,) + bias_ih.shape)
         x, _, _ = F.lstm(x, h, c, weight, bias=bias, bidirectional=bidirectional, training=not test)
     return x
@@ -259,12 +301,15 @@ def mask(
     Parameters:
         bn/beta, bn/gamma, bn/mean, bn/var (1, 1, C · F)
     """
+    with nn.parameter_scope(name):
+        beta, gamma, *running = _bn_parameters(z.shape[2])
     if context.fast():
-        with nn.parameter_scope(name):
-            return fast.Mask(test)(z, *_bn_parameters(z.shape[2]), scale, mean, mixture)
-    h = batch_normalization(z, F.identity, test, name)
-    h = F.reshape(h, mixture.shape)
-    h = F.relu(h * F.reshape(scale, (1, 1, 1, -1)) + F.reshape(mean, (1, 1, 1, -1)))
+        return fast.Mask(test)(z, beta, gamma, *running, scale, mean, mixture)
+    # Scale and mean go into gamma and beta: that is a product per feature, rather than one per number of z.
+    beta, gamma = (F.reshape(v, mixture.shape[2:]) * F.reshape(scale, (1, -1)) for v in (beta, gamma))
+    beta = beta + F.reshape(mean, (1, -1))
+    h = _normalized(z, *(F.reshape(v, (1, 1, -1)) for v in (beta, gamma)), *running, test)
+    h = F.relu(F.reshape(h, mixture.shape))
     mixture = F.identity(mixture).apply(need_grad=False)
     return h * mixture
 

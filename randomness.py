@@ -15,6 +15,7 @@ SCHEME = 3
 STREAMS = {
     "initial weights": ("seed",),
     "dropout": ("seed", "epoch", "step"),
+    "dropout of a rank": ("seed", "epoch", "step", "rank"),  # of several processes, but the first
     "order": ("seed", "epoch"),
     "draw": ("seed", "epoch", "index", "source"),
     "augmentation": ("seed", "epoch", "index", "source", "name"),

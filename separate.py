@@ -7,16 +7,18 @@ import numbers
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
-import utils
+import pool
 
-if __name__ == "__main__":
-    utils.start()  # before imports that take long
+if __name__ in ("__main__", "__mp_main__"):
+    pool.start(__name__)  # before imports that take long
 
 import nnabla as nn
 import nnabla_ext.cpu
 import numpy as np
+from tqdm import tqdm
 
 import audio
 import context
@@ -28,6 +30,7 @@ import functions
 import kernels.spectra
 import kernels.threads
 import trained
+import utils
 from args import MOST_ALPHA, MOST_ITERATIONS, separate_parser
 from audio import check_channels, check_rate, check_samples, resample
 from context import extension_context
@@ -346,58 +349,29 @@ class OverlapAdd:
 # ------------------------------------------------------------------------------------ command line
 
 
-@utils.command
-def main(argv: Sequence[str] | None = None) -> None:
-    args = separate_parser().parse_args(argv)
-    if not args.inputs:  # behind a model: "--model umxhq song.mp3"
-        args.model, args.inputs = args.model[:1], args.model[1:]
-    if not args.inputs:
-        raise UsageError("which recordings? python separate.py song.mp3 --model umxhq")
-    checked_subtype(args.ext, args.subtype)
-    recordings = audio.recordings(args.inputs)
-    context.use(args.context, args.device_id, args.plain, args.threads)
-    separator = Separator.load(
-        args.model,
-        args.targets,
-        model_dir=args.model_dir,
-        network=args.network,
-        network_options=args.network_options,
-        quiet=args.quiet,
-        niter=args.niter,
-        softmask=args.softmask,
-        alpha=args.alpha,
-        residual=args.residual or False,
-        wiener_win_len=args.wiener_win_len or None,
-        wiener_eps=args.wiener_eps or None,
-        context=args.context,
-        device_id=args.device_id,
-        segment=args.segment,
-    )
-    aggregate = checked_aggregate(separator, args.aggregate)
-    outdir, model = args.outdir and os.path.expanduser(args.outdir), folders.name_of_models(args.model)
-    songs = [(path, Path(outdir, name) if outdir else Path(f"{name}_{model}")) for path, name in recordings]
-    check_places(songs, aggregate or separator.sources, args.ext)
-    failures = set()
-    for path, outdir in songs:
-        try:
-            factor = write_stems(
-                separator, path, outdir, args.start, args.duration, aggregate, args.ext, args.subtype, args.quiet
-            )
-        except Exception as error:  # whatever is wrong with one song, the others are done
-            if utils.is_ending():
-                raise
-            print(f"separate.py: {_line(path, error)}", file=sys.stderr)
-            failures.add(2 if isinstance(error, UsageError) else 1)
-            continue
-        if not args.quiet:
-            print(f"{path} -> {outdir}")
-        if factor < 1:
-            print(
-                f"{path}: stems scaled by {factor:.3f}, or they would clip; --subtype float keeps levels",
-                file=sys.stderr,
-            )
-    if failures:
-        sys.exit(min(failures))
+def set_up(loading: dict, threads: int, plain: bool, writing: tuple) -> Callable[[tuple[Path, Path]], dict]:
+    """`separate_song` with a Separator of its own; arguments as of Separator.load and `write_stems`."""
+    context.use(loading["context"], loading["device_id"], plain, threads)
+    return partial(separate_song, Separator.load(**loading), writing)
+
+
+def separate_song(separator: Separator, writing: tuple, song: tuple[Path, Path]) -> dict:
+    """Write the stems of a song, (recording, folder of its stems); whatever is wrong with it, the others must go on.
+
+    Returns:
+        dict: song; the factor that its stems are scaled with; or an error in a line, and the exit status for it
+    """
+    try:
+        return {"song": song, "factor": write_stems(separator, *song, *writing)}
+    except Exception as error:
+        if utils.is_ending():
+            raise
+        return {"song": song, "error": _line(song[0], error), "status": 2 if isinstance(error, UsageError) else 1}
+
+
+def not_separated(song: tuple[Path, Path], line: str) -> dict:
+    """The same, of a song that no process could be handed."""
+    return {"song": song, "error": f"{song[0]}: {line}", "status": 1}
 
 
 def _line(path, error):
@@ -411,5 +385,65 @@ def _line(path, error):
     return " ".join(str(error).split())
 
 
+@utils.command
+def main(argv: Sequence[str] | None = None) -> None:
+    args = separate_parser().parse_args(argv)
+    if not args.inputs:  # behind a model: "--model umxhq song.mp3"
+        args.model, args.inputs = args.model[:1], args.model[1:]
+    if not args.inputs:
+        raise UsageError("which recordings? python separate.py song.mp3 --model umxhq")
+    checked_subtype(args.ext, args.subtype)
+    recordings = audio.recordings(args.inputs)
+    cores = min(pool.places(args.cores), len(recordings))
+    context.use(args.context, args.device_id, args.plain, args.threads)
+    loading = {
+        "model": args.model,
+        "targets": args.targets,
+        "model_dir": args.model_dir,
+        "network": args.network,
+        "network_options": args.network_options,
+        "quiet": args.quiet,
+        "niter": args.niter,
+        "softmask": args.softmask,
+        "alpha": args.alpha,
+        "residual": args.residual or False,
+        "wiener_win_len": args.wiener_win_len or None,
+        "wiener_eps": args.wiener_eps or None,
+        "context": args.context,
+        "device_id": args.device_id,
+        "segment": args.segment,
+    }
+    separator = Separator.load(**loading)
+    aggregate = checked_aggregate(separator, args.aggregate)
+    outdir, model = args.outdir and os.path.expanduser(args.outdir), folders.name_of_models(args.model)
+    songs = [(path, Path(outdir, name) if outdir else Path(f"{name}_{model}")) for path, name in recordings]
+    check_places(songs, aggregate or separator.sources, args.ext)
+    writing = args.start, args.duration, aggregate, args.ext, args.subtype
+    if cores > 1:
+        del separator  # each process has its own
+        nnabla_ext.cpu.clear_memory_cache()
+        begin = partial(set_up, {**loading, "quiet": True}, plain=args.plain, writing=(*writing, True))
+        results = pool.results(songs, begin, not_separated, cores, args.threads)
+    else:
+        results = map(partial(separate_song, separator, (*writing, args.quiet)), songs)
+    failures = set()
+    # Of several songs at a time, there is one bar; else each has its own.
+    for result in tqdm(results, "Separating", len(songs), disable=args.quiet or cores == 1, unit="song"):
+        path, outdir = result["song"]
+        if "error" in result:
+            tqdm.write(f"separate.py: {result['error']}", file=sys.stderr)
+            failures.add(result["status"])
+            continue
+        if not args.quiet:
+            tqdm.write(f"{path} -> {outdir}")
+        if result["factor"] < 1:
+            tqdm.write(
+                f"{path}: stems scaled by {result['factor']:.3f}, or they would clip; --subtype float keeps levels",
+                file=sys.stderr,
+            )
+    if failures:
+        sys.exit(min(failures))
+
+
 if __name__ == "__main__":
-    main()
+    pool.run(main)

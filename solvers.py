@@ -147,6 +147,11 @@ def average(averages: dict[str, nn.Variable], values: dict[str, nn.Variable], de
         pairs = [(a.get_data("rw", np.float32), w.get_data("r", np.float32)) for a, w in pairs]
         kernels.training.approach([(a.reshape(-1), w.reshape(-1)) for a, w in pairs], rate)
         return
-    for name, value in values.items():
-        array = averages[name].data
-        array += rate * (value.data - array)
+    # A native solver scales gradients, and adds parameters to them, of all in two calls. Here these are a and w.
+    pairs = {name: nn.Variable(value.shape) for name, value in values.items()}
+    for name, pair in pairs.items():
+        pair.data, pair.grad = values[name].data, averages[name].data
+    solver = S.Sgd()
+    solver.set_parameters(pairs)
+    solver.scale_grad(1 - rate)
+    solver.weight_decay(rate)

@@ -9,7 +9,6 @@ from __future__ import annotations  # unions, on Python 3.9
 
 import contextlib
 import functools
-import io
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -25,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 import checkpoint
+import communicator
 import context
 import data
 import files
@@ -36,6 +36,7 @@ import trained
 import weights
 from args import train_parser
 from checkpoint import Keeper
+from outputs import bring_best, check_new, check_output, write_log
 from trained import Model
 from utils import UsageError
 
@@ -54,32 +55,54 @@ class Graph:
         self.loss = loss(losses.Signals(model, self.x, dict(zip(model.targets, self.y)), test))
 
     @context.exclusive()
-    def forward(self, x: np.ndarray, y: np.ndarray, **clear) -> None:
-        """The loss of mixtures (nb_samples, nb_channels, nb_timesteps) and targets (nb_samples, nb_targets, …)."""
-        self.x.d = x
-        for k, variable in enumerate(self.y):
-            variable.d = y[:, k]
+    def forward(self, x: nn.NdArray | np.ndarray, y: list[nn.NdArray] | np.ndarray, **clear) -> None:
+        """The loss of a batch of `data.DataIterator`, whose arrays become those of the graph: nothing is copied.
+
+        Or of NumPy's arrays, mixtures (nb_samples, nb_channels, nb_timesteps) and targets (nb_samples, nb_targets, …).
+        """
+        if isinstance(x, np.ndarray):
+            x, *y = (nn.NdArray.from_numpy_array(np.asarray(one, np.float32)) for one in (x, *np.moveaxis(y, 1, 0)))
+        for variable, array in zip((self.x, *self.y), (x, *y)):
+            variable.data = array
         self.loss.forward(**clear)
 
 
 @context.exclusive()
-def train_step(graph: Graph, x: np.ndarray, y: np.ndarray, solver) -> float:
-    """One step of the solver; returns the loss before it. Arguments as of `Graph.forward`."""
+def train_step(
+    graph: Graph, x: nn.NdArray, y: list[nn.NdArray], solver, average: Callable = lambda loss: None
+) -> nn.NdArray:
+    """One step of the solver; returns the loss before it, on the device. Arguments as of `Graph.forward`.
+
+    Args:
+        average: makes gradients and the loss those of a batch of which (x, y) is a part: `Alone.averaging`
+    """
     solver.zero_grad()
     graph.forward(x, y, clear_no_need_grad=True)
     graph.loss.backward(clear_buffer=True)
+    average(graph.loss.data)
     solver.update()
+    loss = nn.NdArray(graph.loss.shape)
+    loss.copy_from(graph.loss.data)
+    return loss
+
+
+def loss_of(model: Model, x: nn.NdArray, y: list[nn.NdArray], loss: Callable) -> float:
+    """Of a batch, in validation."""
+    graph = Graph(model, x.shape, True, loss)  # tracks differ in length: a graph each, gone when this returns
+    graph.forward(x, y, clear_buffer=True)
     return float(graph.loss.d)
 
 
-def validate(model: Model, tracks: Iterable, loss: Callable = losses.mse) -> float:
-    """Mean of the losses of a validation set, pairs of mixture and target."""
-    average = utils.AverageMeter()
-    for x, y in tracks:
-        graph = Graph(model, (1,) + x.shape, True, loss)  # tracks differ in length: a graph each, freed at once
-        graph.forward(x[None], y[None], clear_buffer=True)
-        average.update(float(graph.loss.d))
-    return average.average
+def validate(
+    model: Model, tracks: Iterable, loss: Callable = losses.mse, merge: Callable[[list], list] = lambda values: values
+) -> float:
+    """Mean of the losses of a validation set, batches as of `Graph.forward`.
+
+    Args:
+        merge: makes values of all tracks of those of some: `Alone.merge`
+    """
+    values = merge([loss_of(model, x, y, loss) for x, y in tracks])
+    return sum(values) / len(values)
 
 
 def seed_nnabla(purpose: str, **key: int) -> None:
@@ -89,38 +112,12 @@ def seed_nnabla(purpose: str, **key: int) -> None:
     nn.random.set_function_seed(int(rng.integers(2**31)))
 
 
-# ------------------------------------------------------------------------------------- files
-
-
-def check_new(output: Path, name: str) -> None:
-    """UsageError if a new training would replace what an earlier one has left in the folder."""
-    last = checkpoint.path_of(output, name)
-    for path in (last, checkpoint.before(last), output / f"{name}.h5"):
-        if path.exists():
-            ways = "" if path.suffix == ".h5" else f"--checkpoint {output} continues it, "
-            raise UsageError(f"{path} is there already: {ways}--overwrite replaces it; or use another --output")
-
-
-def check_output(output: Path, model: Model, name: str) -> None:
-    """UsageError if the weights of this training cannot lie in the folder beside what is there."""
-    folders.check_config(output, model.config)
-    for target in model.targets:
-        path = folders.weights_of(output, target)
-        if path and path.name != f"{name}.h5":
-            raise UsageError(f"{path} holds weights of {target} already: use another --output")
-
-
-def bring_best(origin: Path, has_best: bool, output: Path, name: str) -> None:
-    """Copy the best weights of a training that goes on in another folder than that of its checkpoint `origin`."""
-    best, copy = origin.with_name(f"{name}.h5"), output / f"{name}.h5"
-    if has_best and not best.is_file():
-        raise UsageError(f"there is no {best}, the best weights so far, beside {origin.name}")
-    if output.samefile(origin.parent):
-        return
-    if copy.exists() and not (has_best and copy.read_bytes() == best.read_bytes()):
-        raise UsageError(f"{copy} is of another training, or of this one later on: use another --output")
-    if has_best and not copy.exists():
-        files.write(copy, best.read_bytes())
+def seed_dropout(rank: int, **key: int) -> None:
+    """The same for a step, by seed, epoch and step; of several processes, the first draws what one alone would."""
+    if rank:
+        seed_nnabla("dropout of a rank", rank=rank, **key)
+    else:
+        seed_nnabla("dropout", **key)
 
 
 # ----------------------------------------------------------------- what earlier trainings decided
@@ -202,43 +199,12 @@ def describe(settings: dict, targets: list, network: trained.Network | None, sam
     return {**description, "class": "JointOpenUnmix", "options": options}, trained.OWN["JointOpenUnmix"]
 
 
-# ------------------------------------------------------------------------------------- pictures
-
-
-def plot_losses(path: Path, log: dict) -> None:
-    from matplotlib.figure import Figure  # slow to import
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    epochs = range(1, len(log["train_loss_history"]) + 1)
-    axes.plot(epochs, log["train_loss_history"], ".-", label="training")
-    axes.plot(epochs, log["valid_loss_history"], ".-", label="validation")
-    axes.axvline(log["best_epoch"], color="gray", lw=0.8, ls=":", label=f"best epoch ({log['best_epoch']})")
-    is_positive = min(log["train_loss_history"] + log["valid_loss_history"]) > 0
-    axes.set(xlabel="epoch", ylabel=f"loss: {log['args']['loss']}", title=" + ".join(log["network"]["targets"]))
-    axes.set_yscale("log" if is_positive else "linear")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
-    stream = io.BytesIO()
-    figure.savefig(stream, dpi=120)
-    files.write(path, stream.getvalue())
-
-
-def write_log(output: Path, name: str, log: dict) -> None:
-    files.write_json(output / f"{name}.json", log)
-    plot_losses(output / f"{name}.png", log)
-    monitor = files.writable_folder(output / "monitor" / name)
-    for kind in ("training", "validation"):
-        losses = enumerate(log[f"{kind[:5]}_loss_history"], 1)
-        lines = "".join(f"{epoch} {loss:g}\n" for epoch, loss in losses)
-        files.write(monitor / f"{kind}-loss.series.txt", lines.encode())
-
-
 # -------------------------------------------------------------------------------------- main
 
 
 @utils.command
 def main(argv=None):
+    processes = communicator.start()
     options, given = train_parser([*data.AUGMENTATIONS, data.REMIX], losses.LOSSES).parse(argv)
     args, quiet = vars(options), options.quiet
     args["targets"] = targets = data.choose_targets(args, given)
@@ -250,41 +216,56 @@ def main(argv=None):
     if own_loss := losses.read(args["loss"]):
         args["loss"] = own_loss.name
 
-    device = context.use(args["context"], args["device_id"], args["plain"], args["threads"])
+    device_id, threads = args["device_id"], args["threads"] or processes.cores
+    if processes.size > 1:
+        if "device_id" in given:
+            raise UsageError("--device-id is for one process alone: several on a machine have the GPUs 0, 1, …")
+        device_id = processes.local_rank
+    device = context.use(args["context"], device_id, args["plain"], threads)
     nn.set_default_context(device)
+    processes.use(device)
+    context.pin(device)
+    is_gpu = not device.backend[0].startswith("cpu")
 
     # what an earlier run decided
     model = resumed = None
     if args["checkpoint"] and (args["model"] or args["overwrite"]):
         raise UsageError("--checkpoint continues a training, --model and --overwrite begin one: give one of them")
     if args["checkpoint"]:
-        resumed = checkpoint.load(args["checkpoint"], name)
+        resumed = processes.first(checkpoint.load, args["checkpoint"], name)
         log, origin = resumed.state["log"], resumed.path
         adopt(args, given, {key: log["args"][key] for key in checkpoint.RECIPE + checkpoint.DATASET}, origin)
         data.choose_targets(args, given)  # once more, of the dataset of the beginning
-    loss_of = losses.choose(args["loss"], {name: args[name] for name in losses.OPTIONS}, given, own_loss)
+    loss = losses.choose(args["loss"], {name: args[name] for name in losses.OPTIONS}, given, own_loss)
     seed_nnabla("initial weights", seed=args["seed"])
     if resumed:
         model = continued_model(resumed, targets if given & {"target", "targets"} else None, network)
     elif args["model"]:
-        model, origin = load_model(args, targets, network), args["model"]
+        model, origin = processes.on_each_machine(load_model, args, targets, network), args["model"]
     if model:
         adopt_network(args, given, model, origin)
         args["targets"] = targets = model.targets  # in the network's order
         args["target"] = name = folders.name_of(targets)
     output = Path(args["output"])
     if not resumed and not args["overwrite"]:
-        check_new(output, name)
-    print(f"Training {' and '.join(targets)} on {device.backend[0].split(':')[0]}", flush=True)
+        processes.first(check_new, output, name)
+    together = f", in {processes.size} processes" if processes.size > 1 else ""
+    print(f"Training {' and '.join(targets)} on {device.backend[0].split(':')[0]}{together}", flush=True)
 
     # data; the statistics come first, from tracks that nothing else reads meanwhile
     if args["nfft"] % 2 or args["nhop"] > args["nfft"] // 2:
         raise UsageError(f"--nfft {args['nfft']} --nhop {args['nhop']}: a window is even, a hop at most half of it")
     seq_dur = args["seq_dur"] if args["seq_dur"] > 0 else None
-    if seq_dur is None and args["batch_size"] != 1:
-        raise UsageError("--seq-dur 0 trains on whole tracks, which differ in length: use --batch-size 1")
+    if seq_dur is None and args["batch_size"] != processes.size:
+        each = ", one for each process" if processes.size > 1 else ""
+        raise UsageError(
+            f"--seq-dur 0 trains on whole tracks, which differ in length: use --batch-size {processes.size}{each}"
+        )
+    if args["batch_size"] < processes.size:
+        raise UsageError(f"--batch-size {args['batch_size']} is that of all {processes.size} processes together")
     names = ("dataset", "seed", "nb_channels", "quiet", *data.OPTIONS)
-    train_source, valid_source = data.load(targets=targets, **{name: args[name] for name in names})
+    settings = {name: args[name] for name in names}
+    train_source, valid_source = processes.on_each_machine(data.load, targets=targets, **settings)
     for note in train_source.notes + valid_source.notes:
         print(note, file=sys.stderr)
     rate, nb_channels = train_source.sample_rate, train_source.nb_channels
@@ -294,15 +275,16 @@ def main(argv=None):
     if model and model.sample_rate != rate:
         raise UsageError(f"{origin} is for {model.sample_rate} Hz, the tracks have {rate} Hz")
     if args["nb_workers"] is None:
-        args["nb_workers"] = data.default_workers(not device.backend[0].startswith("cpu"))
-    iterator = data.DataIterator(train_source, args["batch_size"], args["nb_workers"])
+        args["nb_workers"] = data.default_workers(is_gpu, processes.cores)
+    iterator = data.DataIterator(train_source, args["batch_size"], args["nb_workers"], processes)
+    validation = data.DataIterator(valid_source, 1, args["nb_workers"], processes)
 
     # model and solver
     if not model:
         description, cls = describe(args, targets, network, rate)
         statistics = None
         if trained.arguments(cls)[0] & set(trained.STATISTICS):
-            values = data.statistics(train_source.mixtures(), args["nfft"], args["nhop"], quiet)
+            values = processes.first(data.statistics, train_source.mixtures(), args["nfft"], args["nhop"], quiet)
             statistics = dict(zip(trained.STATISTICS, values))
         try:
             model = Model(description, cls, statistics=statistics)
@@ -310,7 +292,8 @@ def main(argv=None):
             raise UsageError(str(error)) from None
     if model.domain == "audio" and args["nb_channels"] != nb_channels:
         raise UsageError(f"the tracks have {nb_channels} channels, the network takes audio of {args['nb_channels']}")
-    losses.check(args["loss"], loss_of, model, (1, nb_channels, shortest))
+    losses.check(args["loss"], loss, model, (1, nb_channels, shortest))
+    processes.equalize(model.variables(False))
     solver = solvers.Adam(model.variables(), args["lr"], args["weight_decay"])
     kept = averaged_model(model, resumed) if args["ema"] else model  # whose weights are validated and saved
     scheduler = utils.ReduceLROnPlateau(args["lr"], args["lr_decay_gamma"], args["lr_decay_patience"])
@@ -330,22 +313,30 @@ def main(argv=None):
     else:
         log = {"train_loss_history": [], "valid_loss_history": [], "train_time_history": [], "lr_history": []}
         log.update(best_epoch=0, epochs_trained=0)
+    average = processes.averaging(solver.parameters, model.variables(False))
+    merge = functools.partial(processes.merge, nb_items=len(valid_source))
     described = {key: value for key, value in model.description.items() if key != "statistics"}
-    log.update(args=args, network=described, randomness=randomness.SCHEME, **utils.run_metadata())
+    log.update(
+        args=args, network=described, randomness=randomness.SCHEME, processes=processes.size, **utils.run_metadata()
+    )
     state = {"log": log, "scheduler": scheduler.state, "stopping": stopping.state, "progress": progress}
 
-    files.writable_folder(output)
     with contextlib.ExitStack() as held:
-        for target in targets:
-            held.enter_context(files.claimed(output / f".{target}.lock", f"training {target} into {output}"))
-        if resumed:
-            bring_best(origin, log["best_epoch"] > 0, output, name)
-        elif not args["overwrite"]:
-            check_new(output, name)  # again: another may have come first
-        check_output(output, model, name)
-        if log["best_epoch"]:  # the training may have ended before it wrote them
-            folders.write_config(output, model.config, targets)
-            write_log(output, name, log)
+
+        def prepare():
+            files.writable_folder(output)
+            for target in targets:
+                held.enter_context(files.claimed(output / f".{target}.lock", f"training {target} into {output}"))
+            if resumed:
+                bring_best(origin, log["best_epoch"] > 0, output, name)
+            elif not args["overwrite"]:
+                check_new(output, name)  # again: another may have come first
+            check_output(output, model, name)
+            if log["best_epoch"]:  # the training may have ended before it wrote them
+                folders.write_config(output, model.config, targets)
+                write_log(output, name, log)
+
+        processes.first(prepare)
         if stopping.stop or log["epochs_trained"] >= args["epochs"]:
             more = "--patience" if stopping.stop else "--epochs, the total,"
             print(f"{origin} has {log['epochs_trained']} epochs: nothing is left to train, {more} decides it")
@@ -354,30 +345,31 @@ def main(argv=None):
         asked = held.enter_context(utils.postponed())
         held.enter_context(np.errstate(all="ignore"))  # a training that diverges ends with a line
         every = 60 * args["checkpoint_every"]
-        keeper = Keeper(checkpoint.path_of(output, name), model, kept, solver, state, every, asked, resumed and origin)
+        path, unread = checkpoint.path_of(output, name), utils.Losses(progress, processes.any)
+        keeper = Keeper(path, model, kept, solver, state, unread.settle, every, asked, resumed and origin, processes)
         # the last batch of an epoch may be smaller; of whole tracks, each has another shape
-        graph_of = functools.lru_cache(maxsize=2)(lambda shape: Graph(model, shape, False, loss_of))
+        graph_of = functools.lru_cache(maxsize=2)(lambda shape: Graph(model, shape, False, loss))
         last = log["epochs_trained"] if stopping.stop else args["epochs"]
         epochs = tqdm(range(log["epochs_trained"] + 1, last + 1), "Epochs", disable=quiet)
         for epoch in epochs:
             start, bar = time.time() - progress["seconds"], {"leave": False, "disable": quiet}
+            begun = progress["steps"]
             batches = iterator.epoch(epoch, progress["steps"])
             batches = tqdm(batches, f"Epoch {epoch}", len(iterator), initial=progress["steps"], **bar)
             for x, y in keeper.between(batches):
                 with context.exclusive():
-                    seed_nnabla("dropout", seed=args["seed"], epoch=epoch, step=progress["steps"])
-                    loss = train_step(graph_of(x.shape), x, y, solver)
+                    if not is_gpu or progress["steps"] == begun:  # whose generator each seed makes anew, which waits
+                        seed_dropout(processes.rank, seed=args["seed"], epoch=epoch, step=progress["steps"])
+                    share = processes.share(iterator.nb_samples(progress["steps"]))
+                    unread.add(train_step(graph_of(x.shape), x, y, solver, functools.partial(average, share)))
                     if args["ema"]:
                         solvers.average(kept.variables(False), model.variables(False), args["ema"], solver.step)
-                if not np.isfinite(loss):
-                    raise OSError(
-                        f"the loss of epoch {epoch}, step {progress['steps'] + 1} is {loss}: try a smaller --lr"
-                    )
-                progress.update(steps=progress["steps"] + 1, loss=progress["loss"] + loss, seconds=time.time() - start)
+                progress["seconds"] = time.time() - start
 
-            seed_nnabla("dropout", seed=args["seed"], epoch=epoch, step=progress["steps"])
+            unread.settle()
+            seed_dropout(0, seed=args["seed"], epoch=epoch, step=progress["steps"])
             train_loss = progress["loss"] / progress["steps"]
-            valid_loss = validate(kept, keeper.between(valid_source.items()), loss_of)
+            valid_loss = validate(kept, keeper.between(validation.items()), loss, merge)
             if not np.isfinite(valid_loss):
                 raise OSError(f"the validation loss of epoch {epoch} is {valid_loss}: try a smaller --lr")
 
@@ -393,10 +385,11 @@ def main(argv=None):
             progress.update(epoch=epoch + 1, steps=0, loss=0.0, seconds=0.0)
             if improved:
                 log["best_epoch"] = epoch
-                weights.save(output / f"{name}.h5", kept.arrays(), kept.description)
-                folders.write_config(output, model.config, targets)  # with the targets, now that they have weights
+                processes.first(weights.save, output / f"{name}.h5", kept.arrays(), kept.description)
+                # with the targets, now that they have weights
+                processes.first(folders.write_config, output, model.config, targets)
             keeper.save()
-            write_log(output, name, log)
+            processes.first(write_log, output, name, log)
             epochs.set_postfix(train_loss=f"{train_loss:.4g}", valid_loss=f"{valid_loss:.4g}")
             if stopping.stop:
                 print(f"Stopped early: no better validation loss in {stopping.patience} epochs")

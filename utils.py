@@ -41,6 +41,7 @@ class _Ending:
     signal = None  # the last one that asked it to end
     postponed = False  # whether somebody looks at `signal` from time to time
     unseen = None  # an OSError that came where no exception can, so that nobody has seen it
+    others = None  # what is called before a command fails: see `before_failing`
 
 
 def start() -> None:
@@ -106,12 +107,22 @@ def command(main: Callable) -> Callable:
             if _Ending.signal is None and not lacks_memory(error):
                 raise
             message = "not enough memory"
+            if any(map(str(error).__contains__, _OF_GPU)):
+                message += " on the GPU: a smaller --batch-size, --seq-dur or --segment needs less"
         if _Ending.signal is not None:  # of an interruption NNabla, for one, makes another error
             status, message = 128 + _Ending.signal, asked or _SIGNALS[_Ending.signal]
-        _say(f"{_program()}: {' '.join(message.split())}")
+        line = f"{_program()}: {' '.join(message.split())}"
+        _say(line)
+        if _Ending.others:
+            _Ending.others(line, status)
         sys.exit(status)
 
     return wrapper
+
+
+def before_failing(others: Callable[[str, int], None]) -> None:
+    """Call this with the last line and the exit status before a command ends with an error: it may end others, too."""
+    _Ending.others = others
 
 
 def _say(line):
@@ -123,10 +134,18 @@ def _say(line):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+_OF_GPU = ("CudaMemory", "cudaErrorMemoryAllocation", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
 def lacks_memory(error: BaseException) -> bool:
     """Whether an error is of memory that could not be had; NNabla has errors of its own for that."""
     while error is not None:
-        if isinstance(error, MemoryError) or str(error).startswith("memory error in "):
+        text = str(error)
+        if (
+            isinstance(error, MemoryError)
+            or text.startswith("memory error in ")
+            or any(map(text.__contains__, _OF_GPU))
+        ):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -174,6 +193,13 @@ def _hearing():
         yield
     finally:
         sys.unraisablehook = hook
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Within, a signal raises KeyboardInterrupt, unless it is `postponed`: as in a `command`, for other processes."""
+    with _hearing(), _interruptible():
+        yield
 
 
 def _unraisable(unraisable):
@@ -279,6 +305,38 @@ class AverageMeter:
     @property
     def average(self) -> float:
         return self.sum / self.count
+
+
+class Losses:
+    """Losses of the steps of an epoch, which stay on their device until they are read: that waits for the device.
+
+    Args:
+        progress: of the epoch: its number, "epoch"; how many were added, "steps"; the sum of those read, "loss"
+        agree: of several processes, whether one of them says so: all read at once
+    """
+
+    EVERY = 2.0  # seconds between readings: so late a training ends whose loss is no number
+
+    def __init__(self, progress: dict, agree: Callable[[bool], bool] = bool):
+        self.progress, self.agree, self.unread, self.time = progress, agree, [], time.time()
+
+    def add(self, loss: Any) -> None:
+        """Take the loss of the next step, a scalar array of NNabla."""
+        self.unread.append(loss)
+        self.progress["steps"] += 1
+        if self.agree(time.time() >= self.time + self.EVERY):
+            self.settle()
+
+    def settle(self) -> None:
+        """Read and add up those that have not been; OSError for the first that is not finite."""
+        while self.unread:
+            loss = float(self.unread[0].data)
+            if not math.isfinite(loss):
+                step = self.progress["steps"] - len(self.unread) + 1
+                raise OSError(f"the loss of epoch {self.progress['epoch']}, step {step} is {loss}: try a smaller --lr")
+            self.progress["loss"] += loss
+            del self.unread[0]
+        self.time = time.time()
 
 
 class EarlyStopping:

@@ -5,6 +5,7 @@ machine that changes its pace changes it for all. The report, docs/performance.m
 """
 
 import argparse
+import math
 import statistics
 import sys
 import tempfile
@@ -70,6 +71,14 @@ stand alone, cut from `OpenUnmix.forward`, on inputs of the memory layout that t
 A training step at batch 1 of {native_seconds} s, small enough for native NNabla. Ours is {factor:.0f} times as fast.
 
 {native}
+
+## Native transform
+
+The STFT of a batch of {batch}, stereo, 6 s, in native functions: NNabla's own, F.stft, a convolution, and the two
+matrix products of `fourier.py`, the form for a GPU; in turns within a process. Operations are those of the products.
+`python benchmarks/bench.py --transform` measures this alone.
+
+{transform}
 
 ## Separation
 
@@ -160,6 +169,18 @@ def joint_table(rounds, repeats, threads):
     return table([*header, "X-UMX", "to side by side", "its memory"], rows)
 
 
+def transform_table(nb_samples, threads):
+    """F.stft and fourier.py: of frames of N samples N (N + 2) products, or 2 N (P + Q + 2) with P = Q = √N."""
+    times = run("ours", None, work="transform", nb_samples=nb_samples, seconds=6.0, repeat=3, threads=threads)["times"]
+    n, nb_frames = work.N_FFT, 2 * nb_samples * ((6 * work.RATE - work.N_FFT) // work.N_HOP + 1)
+    products = {"F.stft": n * (n + 2), "fourier": 2 * n * (2 * math.isqrt(n) + 2)}
+    rows = [["time", *(f"{spread(times[name], '.2f')} s" for name in products)]]
+    rows[0].append(f"{ratio_of(times['fourier'], times['F.stft']):.3f}")
+    rows.append(["operations", *(f"{2e-9 * nb_frames * count:.1f} GFLOP" for count in products.values())])
+    rows[1].append(f"{products['fourier'] / products['F.stft']:.3f}")
+    return table(["", *products, "ratio"], rows)
+
+
 # --------------------------------------------------------------------------------------------- main
 
 
@@ -167,6 +188,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side per measurement")
     parser.add_argument("--joint", action="store_true", help="joint steps alone; writes no report")
+    parser.add_argument("--transform", action="store_true", help="the native transform alone; writes no report")
     parser.add_argument("--quick", action="store_true", help="a minute, to see that it runs; writes no report")
     add_options(parser)
     args = parser.parse_args()
@@ -181,6 +203,9 @@ def main():
     joint = {4: 2} if args.quick else {4: 8, 16: 4}
     if args.joint:
         print(joint_table(rounds, joint, args.threads))
+        return
+    if args.transform:
+        print(transform_table(batch, args.threads))
         return
     computer = machine()  # before our own load
     sizes = {n: {"nb_samples": n, "seconds": 6, "warm_up": 2, "repeat": repeat} for n, repeat in repeats.items()}
@@ -217,6 +242,7 @@ def main():
         native_seconds=native_seconds,
         factor=ratio_of(*(native[side]["times"]["step"] for side in ("native", "ours"))),
         native=whole_table("native", "step", {"step": native}) + "\n\n" + function_table("native", native),
+        transform=transform_table(batch, args.threads),
         difference=difference,
         songs=whole_table("torch", "separate", songs),
         cold=table(

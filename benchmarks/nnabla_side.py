@@ -1,9 +1,14 @@
 """Our side of the measurements, and native NNabla's: the same code with `plain`."""
 
+import contextlib
 import itertools
+import sys
 import time
 from pathlib import Path
 
+import nnabla as nn
+import nnabla.functions as F
+import numpy as np
 import work
 
 import args
@@ -11,8 +16,11 @@ import context
 import data
 import files
 import folders
+import fourier
 import functions as graph_functions
 import losses
+import solvers
+import train as training
 import trained
 import weights
 from evaluate import main as evaluate_main
@@ -51,8 +59,8 @@ def make_model(targets, parameters=None, statistics=None, **options):
     return trained.Model(description, trained.OWN[name], parameters, statistics)
 
 
-def make_training(nb_samples, seconds, threads, plain):
-    context.use("cpu", plain=plain, threads=threads)
+def make_training(nb_samples, seconds, threads, plain, device="cpu"):
+    nn.set_default_context(context.use(device, plain=plain, threads=threads))
     x, y = (work.audio(nb_samples, seconds, seed) for seed in (1, 2))
     model = make_model(["vocals"])
     graph = Graph(model, x.shape, test=False)
@@ -89,7 +97,7 @@ def joint(clock, songs, kind, nb_samples, seconds, warm_up, repeat, threads):
     solver = Adam(model.variables(), work.LR, work.WEIGHT_DECAY)
     iterator = data.DataIterator(source, nb_samples, data.default_workers(is_gpu=False))
     batches = itertools.chain.from_iterable(map(iterator.epoch, itertools.count(1)))
-    batches = (batch for batch in batches if len(batch[0]) == nb_samples)
+    batches = (batch for batch in batches if batch[0].shape[0] == nb_samples)
 
     def whole_step():
         train_step(graph, *next(batches), solver)
@@ -99,14 +107,15 @@ def joint(clock, songs, kind, nb_samples, seconds, warm_up, repeat, threads):
     batches.close()
 
 
-def functions(clock, nb_samples, seconds, warm_up, repeat, threads, plain=False):
+def functions(clock, nb_samples, seconds, warm_up, repeat, threads, plain=False, device="cpu"):
     """Each function within a training step. The plain form of one is several functions of NNabla's."""
     labels = label_functions()
-    x, y, graph, solver = make_training(nb_samples, seconds, threads, plain)
+    x, y, graph, solver = make_training(nb_samples, seconds, threads, plain, device)
     sums, started = {}, []
 
     def hooks(phase):
         def after(function):
+            clock.wait()
             name = f"{labels[function]} {phase}"
             sums[name] = sums.get(name, 0) + time.perf_counter() - started[-1]
 
@@ -127,6 +136,18 @@ def functions(clock, nb_samples, seconds, warm_up, repeat, threads, plain=False)
         sums.clear()
 
 
+def transform(clock, nb_samples, seconds, repeat, threads):
+    """The STFT of stereo audio in native functions: NNabla's own, and that of fourier.py."""
+    context.use("cpu", plain=True, threads=threads)
+    x = work.audio(nb_samples, seconds, 1)
+    x = nn.Variable.from_numpy_array(x.reshape(-1, x.shape[2]))
+    theirs = F.stft(x, work.N_FFT, work.N_HOP, work.N_FFT, window_type="hanning", center=False)
+    graphs = {"F.stft": F.sink(*theirs), "fourier": F.sink(*fourier.transform(x, work.N_FFT, work.N_HOP))}
+    for _ in range(repeat):
+        for name, graph in graphs.items():
+            clock(name, graph.forward, True)
+
+
 def train(clock, songs, output, target, initial, dropout, lr, epochs, threads, **recipe):
     """A training as train.py does it, of which every step's loss is kept; `initial` is a file of weights or None."""
     context.use("cpu", threads=threads)
@@ -141,9 +162,10 @@ def train(clock, songs, output, target, initial, dropout, lr, epochs, threads, *
     solver = Adam(model.variables(), lr, work.WEIGHT_DECAY)
 
     def step(x, y):
-        return train_step(graph, x, y, solver)
+        return float(train_step(graph, x, y, solver).data)
 
-    result = work.train(clock, excerpts, epochs, step, lambda: validate(model, excerpts.validation()))
+    tracks = data.DataIterator(excerpts.valid, 1)
+    result = work.train(clock, excerpts, epochs, step, lambda: validate(model, tracks.items()))
     output = files.writable_folder(output)
     weights.save(output / f"{target}.h5", model.get_parameters(), model.description)
     folders.write_config(output, model.config, model.targets)
@@ -152,6 +174,7 @@ def train(clock, songs, output, target, initial, dropout, lr, epochs, threads, *
 
 def read(clock, arguments, batch_size, nb_workers, nb_batches):
     """Whole epochs of a training set, given by options of train.py, once all is compiled."""
+    nn.set_default_context(context.use("cpu"))
     options, given = args.train_parser().parse(arguments)
     settings = vars(options)
     targets = data.choose_targets(settings, given)
@@ -160,8 +183,44 @@ def read(clock, arguments, batch_size, nb_workers, nb_batches):
     iterator = data.DataIterator(source, batch_size, nb_workers)
     next(iterator.epoch(1))
     epochs = range(2, 2 + -(-nb_batches["ours"] // len(iterator)))
-    batches = (batch for epoch in epochs for batch in iterator.epoch(epoch))
+    batches = ((x.data, y) for epoch in epochs for x, y in iterator.epoch(epoch))
     return work.read(batches, len(epochs) * len(iterator))
+
+
+def host(clock, arguments, pause):
+    """What train.py's main thread does in a step for which a device, that nobody waits for, takes `pause` seconds.
+
+    Returns seconds per step, the median over all but the first ones: of CPU, and that go by.
+    """
+    left, durations = None, []
+
+    class Device:
+        """The loss of a graph that is run elsewhere."""
+
+        shape, data = (), nn.NdArray.from_numpy_array(np.ones((), np.float32))
+
+        def forward(self, **clear):
+            nonlocal left
+            now = time.thread_time(), time.perf_counter()
+            durations.append([b - a for a, b in zip(left or now, now)])
+            time.sleep(pause)
+            left = time.thread_time(), time.perf_counter()
+
+        def backward(self, **clear):
+            pass
+
+    class ElsewhereGraph(Graph):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.loss = Device()
+
+    def update(solver):
+        solver.step += 1
+
+    training.Graph, training.validate, solvers._Adam.update = ElsewhereGraph, lambda *_: 1.0, update
+    with contextlib.redirect_stdout(sys.stderr):
+        training.main(arguments)
+    return np.median(durations[len(durations) // 4 :], axis=0).tolist()
 
 
 def evaluate(clock, arguments):
@@ -183,5 +242,5 @@ def separate(clock, folder, seconds, threads):
 
 if __name__ == "__main__":
     works = {"step": step, "functions": functions, "separate": separate, "train": train}
-    works.update(evaluate=evaluate, joint=joint, read=read)
+    works.update(evaluate=evaluate, joint=joint, read=read, transform=transform, host=host)
     work.main(works, ["nnabla", "numpy", "scipy", "numba"])

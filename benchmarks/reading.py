@@ -52,11 +52,19 @@ sources: four, but in `aligned`, which has two files. torch's side reads those w
 ## What they cost
 
 {costs}
+
+## A step
+
+Of what `train.py` does in a step at batch {batch_size}, its main thread takes {host} ms besides the network,
+forward and backward, and the optimizer: it takes over a batch that a worker has prepared, seeds the dropout, keeps the
+loss, looks at the clock and for signals. Where a GPU computes the others, that is what it waits for. Measured on the
+CPU, with a network that does nothing for {pause:.0f} ms a step, as time that goes by; of CPU, it is {host_cpu} ms.
 """
 
 SOURCES = ("vocals", "drums", "bass", "other")
 BATCH_SIZE, SECONDS, NB_FOLDERS = 16, 6, 512
 AUGMENTED = ["--source-augmentations", "gain", "channelswap"]
+PAUSE = 0.1  # seconds per step: one worker keeps up
 FULL = {"songs": 4, "duration": 60, "ours": 80, "torch": {"musdb": 2, "folders": 16}, "rounds": 3}
 QUICK = {"songs": 2, "duration": 10, "ours": 16, "torch": {"musdb": 1, "folders": 4}, "rounds": 1}
 
@@ -139,6 +147,15 @@ def cost_table(measured):
     return table([*header, "memory, MiB: ours", "torch"], rows)
 
 
+def measure_host(folder, rounds, reference, samples_per_track):
+    """Steps of train.py whose network runs elsewhere: spreads of milliseconds, wall and CPU."""
+    options = [*cases(folder, samples_per_track)["musdb, WAV"], "--batch-size", str(BATCH_SIZE), "--context", "cpu"]
+    options += ["--epochs", "1", "--output", str(folder / "model"), "--overwrite", "--nb-workers", "1"]
+    reports = alternate(rounds, ("ours",), reference, work="host", arguments=options, pause=PAUSE)
+    cpu, wall = ([1e3 * seconds for seconds in of_kind] for of_kind in zip(*reports["ours"]["results"]))
+    return {"host": spread(wall, ".1f"), "host_cpu": spread(cpu, ".1f"), "pause": 1e3 * PAUSE}
+
+
 def check_same(case, reports):
     """Both sides did the same work: batches of the same shape, of music as loud."""
     ours, torch = (reports[side]["results"] for side in ("ours", "torch"))
@@ -191,6 +208,7 @@ def main():
                 check_same(case, reports)
                 if case == "musdb, .stem.mp4" and nb_workers == 0:
                     decoding = max(reports["ours"]["times"]["open"]) / (sizes["songs"] * sizes["duration"] / 60)
+        host = measure_host(folder, rounds, args.reference, sizes["ours"] * BATCH_SIZE // sizes["songs"])
     versions = [reports[side]["versions"] for side in ("ours", "torch")]
     report = REPORT.format(
         **origin(),
@@ -205,6 +223,7 @@ def main():
         duration=sizes["duration"],
         nb_folders=NB_FOLDERS,
         decoding=decoding or float("nan"),
+        **host,
     )
     print(report)
     if not (args.quick or args.only):

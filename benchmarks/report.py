@@ -1,5 +1,6 @@
 """What the reports are made of: processes of either side, tables, the machine."""
 
+import contextlib
 import json
 import os
 import platform
@@ -32,17 +33,49 @@ def execute(command, environment=None):
     return process.stdout
 
 
-def run(side, reference, environment=None, **options):
-    """One process of a side; returns what it reports, and `seconds`, from its start to its end."""
+def last_line(text):
+    """What matters of the output of a command that failed, also of one that it has executed itself."""
+    lines = [line.strip() for line in text.splitlines()]
+    return next((line for line in reversed(lines) if line and not line.startswith("failed with status")), "")
+
+
+def run(side, reference, environment=None, modules=None, **options):
+    """One process of a side; returns what it reports, and `seconds`, from its start to its end.
+
+    Args:
+        reference: torch's interpreter
+        environment: variables for the process
+        modules: a folder in which torch's side finds modules that its interpreter lacks
+        options: the work, see nnabla_side.py and torch_side.py
+    """
     script, python, path = HERE / "nnabla_side.py", sys.executable, [ROOT]
     if side == "torch":  # with our stand-in for torchaudio
         script, python, path = HERE / "torch_side.py", reference, [ROOT / "tests" / "reference", ROOT]
+        path += [modules] if modules else []
     elif side == "native":
         options.update(plain=True, repeat=1)
-    environment = {**os.environ, **(environment or {}), "PYTHONPATH": os.pathsep.join(map(str, path))}
+    environment = {**environment_of(python, path), **(environment or {})}
     start = time.perf_counter()
     output = execute([python, script, json.dumps(options)], environment)
     return {**json.loads(output.splitlines()[-1]), "seconds": time.perf_counter() - start}
+
+
+def environment_of(python, path):
+    """The environment of an interpreter that finds modules in some folders; another one gets nothing of our own.
+
+    What makes up ours may be named by variables: its home, its packages, and libraries that lie beside it.
+    """
+    environment = dict(os.environ)
+    packages = environment.pop("PYTHONPATH", "").split(os.pathsep)
+    if python == sys.executable:
+        path = [*path, *filter(None, packages)]
+    else:
+        environment.pop("PYTHONHOME", None)
+        ours, libraries = Path(sys.prefix).parent, environment.pop("LD_LIBRARY_PATH", "").split(os.pathsep)
+        if libraries := [folder for folder in libraries if folder and ours not in Path(folder).parents]:
+            environment["LD_LIBRARY_PATH"] = os.pathsep.join(libraries)
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, path))
+    return environment
 
 
 def warn_if_busy():
@@ -131,9 +164,11 @@ def versions_table(ours, torch, heading="ours"):
 
 def origin():
     """Command, date and commit, for the first line of a report."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+    git, commit = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"], ""
+    with contextlib.suppress(OSError):  # there may be no git
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {
         "command": shlex.join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d"),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown",
+        "commit": commit or "unknown",
     }

@@ -19,12 +19,10 @@ from openunmix.transforms import ComplexNorm, make_filterbanks
 from openunmix.utils import load_separator
 from torch.nn.functional import mse_loss
 
-NB_BINS = work.N_FFT // 2 + 1
-
 
 def make_net(input_mean=None, input_scale=None):
     sizes = {"nb_channels": 2, "hidden_size": work.HIDDEN_SIZE, "max_bin": work.MAX_BIN}
-    return OpenUnmix(nb_bins=NB_BINS, input_mean=input_mean, input_scale=input_scale, **sizes)
+    return OpenUnmix(nb_bins=work.N_FFT // 2 + 1, input_mean=input_mean, input_scale=input_scale, **sizes)
 
 
 def make_encoder():
@@ -32,15 +30,26 @@ def make_encoder():
     return torch.nn.Sequential(stft, ComplexNorm(mono=False))
 
 
-def make_training(nb_samples, seconds, threads):
-    torch.set_num_threads(threads)
-    encoder = make_encoder()
+def use(clock, threads, device="cpu", tf32=True):
+    """The device; without `tf32`, cuDNN does not round to 10 bits, as it does by default."""
+    torch.set_num_threads(threads or torch.get_num_threads())
+    if device != "cpu":
+        clock.wait = torch.cuda.synchronize
+        torch.backends.cudnn.allow_tf32 = tf32
+    return torch.device(device)
+
+
+def make_training(clock, nb_samples, seconds, threads, **options):
+    device = use(clock, threads, **options)
+    encoder = make_encoder().to(device)
     x, y = (torch.from_numpy(work.audio(nb_samples, seconds, seed)) for seed in (1, 2))
-    net = make_net()
+    net = make_net().to(device)
     return net, torch.optim.Adam(net.parameters(), lr=work.LR, weight_decay=work.WEIGHT_DECAY), encoder, x, y
 
 
 def train_step(net, optimizer, encoder, x, y):
+    device = net.input_mean.device
+    x, y = x.to(device), y.to(device)
     optimizer.zero_grad()
     loss = mse_loss(net(encoder(x)), encoder(y))
     loss.backward()
@@ -48,9 +57,9 @@ def train_step(net, optimizer, encoder, x, y):
     return loss.item()
 
 
-def step(clock, nb_samples, seconds, warm_up, repeat, threads):
+def step(clock, nb_samples, seconds, warm_up, repeat, threads, **options):
     """Training steps as openunmix' scripts/train.py does them."""
-    net, optimizer, encoder, x, y = make_training(nb_samples, seconds, threads)
+    net, optimizer, encoder, x, y = make_training(clock, nb_samples, seconds, threads, **options)
 
     for i in range(warm_up + repeat):
         if i == warm_up:
@@ -58,13 +67,14 @@ def step(clock, nb_samples, seconds, warm_up, repeat, threads):
         clock("step", train_step, net, optimizer, encoder, x, y)
 
 
-def functions(clock, nb_samples, seconds, warm_up, repeat, threads):
+def functions(clock, nb_samples, seconds, warm_up, repeat, threads, **options):
     """Each function alone, cut from OpenUnmix.forward, on inputs of the memory layout that it gets there."""
-    net, optimizer, encoder, x, y = make_training(nb_samples, seconds, threads)
+    net, optimizer, encoder, x, y = make_training(clock, nb_samples, seconds, threads, **options)
+    x, y = (audio.to(net.input_mean.device) for audio in (x, y))
     X, Y = encoder(x).permute(3, 0, 1, 2), encoder(y)
     nb_frames, K = X.shape[0], work.HIDDEN_SIZE
-    h = torch.randn(nb_frames, nb_samples, K)
-    rows, bins = h.reshape(-1, K), torch.randn(nb_frames * nb_samples, 2 * NB_BINS)
+    h = torch.randn(nb_frames, nb_samples, K, device=x.device)
+    rows, bins = h.reshape(-1, K), torch.randn(nb_frames * nb_samples, 2 * X.shape[-1], device=x.device)
 
     def alone(name, function, *inputs):
         inputs = [x.detach().requires_grad_() for x in inputs]
@@ -207,12 +217,12 @@ def read(clock, arguments, batch_size, nb_workers, nb_batches):
 
 
 @torch.no_grad()
-def separate(clock, folder, seconds, threads):
+def separate(clock, folder, seconds, threads, **options):
     start = time.perf_counter()
-    torch.set_num_threads(threads)
-    separator = load_separator(folder, work.TARGETS, niter=1)
+    device = use(clock, threads, **options)
+    separator = load_separator(folder, work.TARGETS, niter=1, device=device)
     separator.freeze()
-    x = torch.from_numpy(work.audio(1, seconds, 1))
+    x = torch.from_numpy(work.audio(1, seconds, 1)).to(device)
     separator(x[..., : work.RATE])
     clock.add("first", time.perf_counter() - start)
     return clock("separate", separator, x)[0, :, :, :: work.RATE].tolist()

@@ -64,8 +64,12 @@ class Excerpts:
             **common, seq_dur=seq_dur, samples_per_track=samples_per_track, augmentations=["gain", "channelswap"]
         )
         self.valid = MusdbSource(**common, split="valid")
-        self.epoch = DataIterator(self.train, batch_size).epoch
+        self.iterator = DataIterator(self.train, batch_size)
         self.shape = (batch_size, 2, self.train.nb_timesteps)
+
+    def epoch(self, number):
+        for x, y in self.iterator.epoch(number):
+            yield x.data, np.stack([one.data for one in y], axis=1)
 
     def validation(self):
         """Whole songs, (mixture, target)."""
@@ -171,24 +175,30 @@ def memory_in_use():
 
 
 class Clock:
-    """Durations by name."""
+    """Durations by name; `wait`, a function without arguments, returns when the device has nothing left to do."""
 
     def __init__(self):
-        self.times = {}
+        self.times, self.wait = {}, lambda: None
 
     def add(self, name, seconds):
         self.times.setdefault(name, []).append(seconds)
 
     def __call__(self, name, function, *arguments):
+        self.wait()
         start = time.perf_counter()
         result = function(*arguments)
+        self.wait()
         self.add(name, time.perf_counter() - start)
         return result
 
 
 def main(works, packages):
-    """Do the work that the command line names; `works` maps names to functions of a clock and options."""
+    """Do the work that the command line names; `works` maps names to functions of a clock and options.
+
+    Options may hold `sizes`, for the constants above.
+    """
     options, clock = json.loads(sys.argv[1]), Clock()
+    globals().update(options.pop("sizes", {}))
     result = works[options.pop("work")](clock, **options)
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     peak = max(usage.ru_maxrss for usage in usages) * 1024  # of the largest process

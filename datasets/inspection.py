@@ -106,7 +106,7 @@ def speeds(source: Dataset, batch_size: int, most: int, seconds: float = 2.0) ->
             epoch += 1
             batches = iterator.epoch(epoch)
             for mixtures, _ in batches:
-                count += len(mixtures)
+                count += mixtures.shape[0]
                 elapsed = time.perf_counter() - start
                 if elapsed > seconds:
                     break
@@ -121,10 +121,10 @@ def draw_page(path: str | Path, source: Dataset, targets: list[str], batch_size:
     from matplotlib.figure import Figure  # slow to import
 
     x, y = next(DataIterator(source, min(batch_size, 8)).epoch(1))
-    y = y if source.stacked else y[:, None]
-    rows = [("mixture", x), *((name, y[:, k]) for k, name in enumerate(targets))]
-    figure = Figure(figsize=(2.2 * len(x) + 1, 2.2 * len(rows) + 2), layout="constrained")
-    axes = figure.subplots(len(rows) + 1, len(x), squeeze=False)
+    rows = [(name, audio.data) for name, audio in zip(["mixture", *targets], [x, *y])]
+    nb_samples = x.shape[0]
+    figure = Figure(figsize=(2.2 * nb_samples + 1, 2.2 * len(rows) + 2), layout="constrained")
+    axes = figure.subplots(len(rows) + 1, nb_samples, squeeze=False)
     for row, (name, audio) in enumerate(rows):
         for column, excerpt in enumerate(audio):
             place, duration = axes[row, column], excerpt.shape[1] / source.sample_rate

@@ -3,7 +3,7 @@
 from __future__ import annotations  # unions, on Python 3.9
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -115,12 +115,13 @@ class Dataset:
         return self.render(self.plan(epoch, index))
 
     def render(self, item: Item) -> tuple[np.ndarray, np.ndarray]:
-        mixture, targets = (np.empty(shape, np.float32) for shape in self.shapes(item.nb_timesteps))
-        item.render(mixture, targets if self.stacked else targets[None])
-        return mixture, targets
+        shape = (self.nb_channels, item.nb_timesteps)
+        mixture, targets = np.empty(shape, np.float32), np.empty((self.nb_targets, *shape), np.float32)
+        item.render(mixture, targets)
+        return mixture, targets if self.stacked else targets[0]
 
     def items(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """All items, one after another: what is validated."""
+        """All items, one after another."""
         return (self.item(0, index) for index in range(len(self)))
 
     def shortest(self) -> int:
@@ -128,14 +129,9 @@ class Dataset:
         lengths = [mixture.nb_timesteps for mixture in self.mixtures()]
         return min([*lengths, *([self.nb_timesteps] if self.nb_timesteps else [])])
 
-    def shapes(self, nb_timesteps: int) -> tuple[tuple, tuple]:
-        """Of a mixture and a target of so many samples."""
-        shape = (self.nb_channels, nb_timesteps)
-        return shape, ((self.nb_targets, *shape) if self.stacked else shape)
-
-    def fill(self, epoch: int, index: int, mixture: np.ndarray, target: np.ndarray) -> None:
-        """Write item `index` of an epoch into its place in a batch."""
-        self.plan(epoch, index).render(mixture, target if self.stacked else target[None])
+    def fill(self, epoch: int, index: int, mixture: np.ndarray, targets: Sequence[np.ndarray]) -> None:
+        """Write item `index` of an epoch into its places in a batch, (nb_channels, nb_timesteps) each."""
+        self.plan(epoch, index).render(mixture, targets)
 
     # for those who draw
 

@@ -8,9 +8,9 @@ from kernels.shapes import check
 from kernels.threads import run, split
 
 
-def hann(n_fft: int) -> np.ndarray:
+def hann(n_fft: int, dtype: type = np.float32) -> np.ndarray:
     """Periodic Hann window."""
-    return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)).astype(np.float32)
+    return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)).astype(dtype)
 
 
 def nb_frames(nb_timesteps: int, n_fft: int, n_hop: int, center: bool) -> int:

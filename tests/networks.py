@@ -118,3 +118,18 @@ class Constant:
         h = h if test else F.dropout(h, 0.3) + 0.1 * F.randn(shape=h.shape)
         mask = F.sigmoid(PF.affine(h, x.shape[2] * x.shape[3], base_axis=2, name="up"))
         return {self.targets[0]: F.reshape(mask, x.shape) * x}
+
+
+class Frozen:
+    """What it computes of an item depends on that item alone: no dropout, running statistics that stay as they are."""
+
+    domain = "spectrogram"
+
+    def __init__(self, targets, nb_channels, sample_rate, n_fft, n_hop, input_mean=None, input_scale=None):
+        self.targets = targets
+
+    def __call__(self, x, test=False):
+        h = F.reshape(x, x.shape[:2] + (x.shape[2] * x.shape[3],))
+        h = PF.batch_normalization(PF.affine(h, 8, base_axis=2, name="down"), axes=[2], batch_stat=False)
+        mask = F.sigmoid(PF.affine(F.tanh(h), x.shape[2] * x.shape[3], base_axis=2, name="up"))
+        return {self.targets[0]: F.reshape(mask, x.shape) * x}

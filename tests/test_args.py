@@ -21,12 +21,18 @@ def parser(request):
     return PARSERS[request.param]()
 
 
+@pytest.mark.parametrize("name", ["train_parser", "separate_parser", "evaluate_parser"])
+def test_short_options_are_those_of_nnabla_s_examples(name):
+    options, given = PARSERS[name]().parse(["-c", "cudnn", "-d", "1"])
+    assert (options.context, options.device_id) == ("cudnn", 1) and {"context", "device_id"} <= given
+
+
 def test_every_option_has_help_with_its_default_once_if_that_says_something(parser):
     options = re.split(r"\n(?=\S|  \S)", parser.format_help())  # with the lines that an option goes on in
     options = [" ".join(text.split()) for text in options]
     for action in parser._actions:
         name = action.option_strings[-1] if action.option_strings else action.dest
-        text = next(text for text in options if re.match(rf"(-\w, )?{name}\b", text))
+        text = next(text for text in options if re.match(rf"(-\w( \S+)?, )?{name}\b", text))
         assert action.help
         assert "default: None" not in text and "default: False" not in text and text.count("default:") <= 1, text
         if action.option_strings and type(action.default) in (int, float, str) and name != "--help":

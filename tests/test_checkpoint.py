@@ -19,8 +19,10 @@ import checkpoint
 import data
 import files
 import folders
+import outputs
 import randomness
 import train
+import utils
 import weights
 from utils import UsageError
 
@@ -37,7 +39,7 @@ def train_network(network, songs, output, *options):
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """They take most of the time of a tiny training."""
-    monkeypatch.setattr(train, "plot_losses", lambda path, log: files.write(path, b"png"))
+    monkeypatch.setattr(outputs, "plot_losses", lambda path, log: files.write(path, b"png"))
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -57,18 +59,15 @@ def uninterrupted(songs, tmp_path_factory):
 def at_item(monkeypatch, number, action):
     """Do something when an excerpt is read, the first of them 0, or a validation track, of the first epoch 100."""
 
-    def watched(read, count):
-        def watch(*arguments):
-            nonlocal count
-            count += 1
-            if count == number + 1:
-                action()
-            return read(*arguments)
+    fill, counts = data.MusdbSource.fill, {"train": 0, "valid": 100}
 
-        return watch
+    def watched(self, *arguments):
+        counts[self.split] += 1
+        if counts[self.split] == number + 1:
+            action()
+        fill(self, *arguments)
 
-    monkeypatch.setattr(data.MusdbSource, "fill", watched(data.MusdbSource.fill, 0))
-    monkeypatch.setattr(data.MusdbSource, "item", watched(data.MusdbSource.item, 100))
+    monkeypatch.setattr(data.MusdbSource, "fill", watched)
 
 
 def send(number):
@@ -109,7 +108,7 @@ def test_averages_are_resumed_bit_for_bit(songs, tmp_path, monkeypatch, item, li
     at_item(monkeypatch, item, send(signal.SIGTERM))
     ends(143, run, songs, tmp_path / "o", "--epochs", "2", "--ema", "0.7")
     monkeypatch.undo()
-    monkeypatch.setattr(train, "plot_losses", lambda path, log: files.write(path, b"png"))
+    monkeypatch.setattr(outputs, "plot_losses", lambda path, log: files.write(path, b"png"))
     run(songs, tmp_path / "o", "--epochs", "2", "--checkpoint", tmp_path / "o")  # which decay: the checkpoint knows
     assert any(name.startswith("average/") for name in state(tmp_path / "o"))
     assert_same(tmp_path / "o", tmp_path / "whole")
@@ -366,13 +365,45 @@ def test_a_training_that_diverges_keeps_its_checkpoint(songs, tmp_path, line):
     assert np.isfinite(state(tmp_path)["parameters/fc1/affine/W"]).all() and before
 
 
+@pytest.mark.parametrize("ending", ["the epoch", "a signal", "a checkpoint", "time", "an error"])
+def test_the_first_loss_that_is_no_number_is_named_whenever_it_is_read(songs, tmp_path, monkeypatch, line, ending):
+    """It may be read steps later, but before anything is saved."""
+    step, losses, options = train.train_step, [], ["--checkpoint-every", "0"] if ending == "a checkpoint" else []
+
+    def diverges(graph, *arguments):
+        loss = step(graph, *arguments)
+        losses.append(loss)
+        if len(losses) in (NB_STEPS + 2, NB_STEPS + 3):
+            loss.data = {NB_STEPS + 2: np.inf, NB_STEPS + 3: np.nan}[len(losses)]
+        return loss
+
+    if ending == "a signal":
+        at_item(monkeypatch, 9 + 8, send(signal.SIGTERM))
+    if ending == "an error":  # the reason of the end is the first one
+        fill = data.MusdbSource.fill
+        monkeypatch.setattr(data.MusdbSource, "fill", lambda *all: 1 / (len(losses) < NB_STEPS + 2) and fill(*all))
+    monkeypatch.setattr(utils.Losses, "EVERY", 0.0 if ending == "time" else 1000.0)
+    monkeypatch.setattr(train, "train_step", diverges)
+    if ending == "an error":
+        with pytest.raises(ZeroDivisionError):
+            run(songs, tmp_path, "--epochs", "3", *options)
+    elif ending == "a signal":
+        ends(143, run, songs, tmp_path, "--epochs", "3", *options)
+    else:
+        ends(1, run, songs, tmp_path, "--epochs", "3", *options)
+        assert "the loss of epoch 2, step 2 is inf: try a smaller --lr" in line()
+        assert len(losses) == NB_STEPS + {"a checkpoint": 2, "time": 2}.get(ending, 3)
+    last = checkpoint.load(tmp_path, "bass").state
+    assert last["log"]["epochs_trained"] == 1 and last["progress"]["steps"] == (ending == "a checkpoint")
+
+
 @pytest.mark.parametrize("what", ["a parameter", "a moment"])
 def test_numbers_that_are_not_finite_are_not_saved(songs, tmp_path, monkeypatch, line, what):
     """They come of gradients that are not, of a loss that still is."""
     step = train.train_step
 
-    def diverges(graph, x, y, solver):
-        loss = step(graph, x, y, solver)
+    def diverges(graph, x, y, solver, *rest):
+        loss = step(graph, x, y, solver, *rest)
         if what == "a moment":
             next(iter(solver.moments().values()))[...] = np.inf
         else:

@@ -93,7 +93,8 @@ def test_batches_are_the_same_for_any_number_of_workers_and_wherever_they_begin(
     source, _ = load(name, **options, **augmentations)
 
     def batches(nb_workers, start=0):
-        return [(x.tobytes(), y.tobytes()) for x, y in data.DataIterator(source, 5, nb_workers).epoch(2, start)]
+        batches = data.DataIterator(source, 5, nb_workers).epoch(2, start)
+        return [(x.tobytes(), y.tobytes()) for x, y in trainings.as_numpy(batches)]
 
     expected = batches(0)
     assert len(set(expected)) == len(expected) == -(-len(source) // 5)
@@ -107,13 +108,13 @@ def test_batches_that_a_reader_keeps_are_not_written_to(any_dataset):
     source, _ = load(name, **options)
     iterator = data.DataIterator(source, 1, 2)
     kept = list(iterator.epoch(1))
-    copies = [(x.copy(), y.copy()) for x, y in kept]
-    last = [y[0] for _, y in iterator.epoch(2)]  # parts of arrays count, too
+    copies = [(x.data.copy(), y[0].data.copy()) for x, y in kept]
+    last = [y[0].data[0] for _, y in iterator.epoch(2)]  # parts of arrays count, too
     again = [y.copy() for y in last]
     list(iterator.epoch(3))
     for (x, y), (x0, y0) in zip(kept, copies):
-        np.testing.assert_array_equal(x, x0)
-        np.testing.assert_array_equal(y, y0)
+        np.testing.assert_array_equal(x.data, x0)
+        np.testing.assert_array_equal(y[0].data, y0)
     np.testing.assert_array_equal(last, again)
 
 
@@ -121,8 +122,23 @@ def test_arrays_of_batches_are_used_again(songs):
     source, _ = load("musdb", root=songs, is_wav=True)
     places = set()
     for x, _ in data.DataIterator(source, 4, 2).epoch(1):
-        places.add(x.ctypes.data)
+        places.add(x.data.ctypes.data)
     assert len(places) <= 2 * (data.DataIterator.AHEAD + 2) < len(source) // 4
+
+
+@pytest.mark.parametrize("nb_workers", [0, 2])
+@pytest.mark.parametrize("seq_dur", [0, 0.1])
+def test_what_is_validated_is_all_items_in_their_order(any_dataset, nb_workers, seq_dur):
+    name, options = any_dataset
+    if name == "sourcefolder" and not seq_dur:
+        pytest.skip("it has no whole songs")
+    _, source = load(name, **{**options, "seq_dur": seq_dur})
+    expected = [source.item(0, index) for index in range(len(source))]
+    found = trainings.as_numpy(data.DataIterator(source, 1, nb_workers).items())
+    assert len(found) == len(expected)
+    for (x, y), (x0, y0) in zip(found, expected):
+        np.testing.assert_array_equal(x, x0[None])
+        np.testing.assert_array_equal(y, y0[None])
 
 
 def test_every_epoch_draws_anew_and_validation_does_not(any_dataset):

@@ -20,6 +20,7 @@ import scipy.stats
 import shapes
 import soundfile
 import stempeg
+from mpirun import mpirun, needs_mpirun
 
 import args
 import bsseval
@@ -27,6 +28,7 @@ import context
 import evaluate
 import files
 import kernels.threads
+import pool
 import scorer
 import scores
 import separate
@@ -462,35 +464,42 @@ def test_whatever_is_wrong_with_a_track_the_others_go_on(root, tmp_path, capsys,
     assert set(summary(tmp_path)["tracks"]) == set(NAMES[1:])
 
 
-def test_tracks_of_a_process_that_is_killed_are_named(long, tmp_path):
-    """Whoever kills it: the system, when memory is short."""
+@pytest.mark.parametrize("engine", ["processes", pytest.param("ranks", marks=needs_mpirun)])
+def test_a_process_that_is_killed_changes_nothing(long, tmp_path, engine):
+    """Whoever kills it: the system, when memory is short. The scores are those of one process, to the letter."""
     root, expected = long
-    process = start(root, tmp_path / "eval", "--cores", 2)
+    if engine == "processes":
+        process = start(root, tmp_path / "eval", "--cores", 2)
+        parents = [process]
+    else:
+        process = start(root, tmp_path / "eval", launcher=mpirun(3))
+        wait_for_scores(process, tmp_path / "eval")
+        parents = [SimpleNamespace(pid=pid) for pid in children_of(process)[1:]]  # not of the first rank
     wait_for_scores(process, tmp_path / "eval")
-    os.kill(children_of(process)[-1], signal.SIGKILL)
+    os.kill(children_of(parents[-1])[-1], signal.SIGKILL)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 1 and "Traceback" not in error
-    scored = summary(tmp_path / "eval")
-    named = {f"Song {k}" for k in range(6) if f"Song {k}: not scored, a process died" in error}
-    assert named == set(scored["failed"]) and named | set(scored["tracks"]) == set(expected["tracks"])
-    assert named and set(scored["tracks"])
+    assert process.returncode == 0 and "Traceback" not in error
+    found = summary(tmp_path / "eval")
+    assert not found["failed"] and found["tracks"] == expected["tracks"] and found["scores"] == expected["scores"]
+    for path in (root.parent / "eval" / "test").iterdir():
+        assert path.read_bytes() == (tmp_path / "eval" / "test" / path.name).read_bytes()
 
 
 def test_a_process_that_cannot_begin(root, tmp_path, capfd, monkeypatch):
     """Its tracks are named with the reason."""
     folder = copy(root, tmp_path / "copy")
 
-    def in_processes(todo, *arguments):
+    def results(*arguments):
         shutil.rmtree(folder.parent / "m0")  # after the parent has read it
-        return processes(todo, *arguments)
+        return in_processes(*arguments)
 
-    processes = evaluate.in_processes
-    monkeypatch.setattr(evaluate, "in_processes", in_processes)
+    in_processes = pool.results
+    monkeypatch.setattr(pool, "results", results)
     with pytest.raises(SystemExit) as error:
         run(folder, tmp_path / "eval", *ACCOMPANIMENT, "--cores", 2)
     said = capfd.readouterr().err
     assert error.value.code == 1 and "Traceback" not in said
-    assert all(f"{name}: UsageError: unknown model" in said for name in NAMES)
+    assert all(f"{name}: tried twice: UsageError: unknown model" in said for name in NAMES)
 
 
 def test_an_error_of_the_scores_is_that_of_its_track(root, tmp_path, capsys, monkeypatch):
@@ -528,10 +537,10 @@ def alive(pid):
     return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
 
 
-def start(root, evaldir, *options):
+def start(root, evaldir, *options, launcher=()):
     """The command in a process of its own."""
     script = [sys.executable, str(Path(evaluate.__file__)), *command(root, evaldir, *ACCOMPANIMENT, *options)]
-    return subprocess.Popen(script, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*launcher, *script], stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_scores(process, evaldir):
@@ -993,17 +1002,17 @@ def test_threads_and_plain_functions(root, tmp_path, monkeypatch, start):
             evaluate.set_up(loading={"context": "cpu", "device_id": "0"}, threads=3, plain=True)
 
 
-def test_processes_share_the_threads(root, tmp_path, monkeypatch):
-    def in_processes(tracks, cores, threads, arguments):
+def test_processes_and_threads_reach_the_pool(root, tmp_path, monkeypatch):
+    def results(tracks, begin, failed, cores, threads):
         seen.append((len(tracks), cores, threads))
         return []
 
     seen = []
-    monkeypatch.setattr(evaluate, "in_processes", in_processes)
-    for cores, threads in ((2, 8), (3, 8), (50, 2)):
+    monkeypatch.setattr(pool, "results", results)
+    for cores, threads in ((2, 8), (50, 2)):
         with pytest.raises(SystemExit):
             run(root, tmp_path, "--cores", cores, "--threads", threads)
-    assert seen == [(3, 2, 4), (3, 3, 2), (3, 3, 1)]
+    assert seen == [(3, 2, 8), (3, 3, 2)]
 
 
 # --------------------------------------------------------------------------------- which stems are what

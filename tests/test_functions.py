@@ -11,6 +11,7 @@ import nnabla.functions as F
 import numba
 import numpy as np
 import pytest
+import scipy.signal
 from formulas import float64_lstm, float64_sdr, float64_waveform, float64_weighted_sdr
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -172,8 +173,12 @@ def test_waveforms(sizes, transform, are_mono):
     rng, T, N, C, _, _ = draw(sizes)
     n_fft, n_hop = transform
     x = numbers(rng, N, C, n_fft + (T - 1) * n_hop + rng.integers(n_hop))
+    x[:, :, ::2] += 2  # a constant, and half the sample rate, so that these bins, which are real, keep their signs
     x[:, :, :n_hop] = 0
     x[0] = 0 if N > 1 else x[0]  # digital silence has the phase 0
+    frames = np.lib.stride_tricks.sliding_window_view(x, n_fft, axis=2)[:, :, ::n_hop]
+    levels = np.abs(np.fft.rfft(frames * scipy.signal.windows.hann(n_fft, sym=False)))
+    assume((levels > 0.003 * levels.max())[levels > 0].all())  # else phases are those of rounding
     shapes = [(T, N, 1 if mono else C, n_fft // 2 + 1) for mono in are_mono]
     arrays = {f"Y{k}": np.abs(numbers(rng, *shape)) for k, shape in enumerate(shapes)}
 
@@ -185,7 +190,7 @@ def test_waveforms(sizes, transform, are_mono):
     for plain in (False, True):
         got = run(build, {"x": x, **arrays}, ("x",), dy, plain)
         for (name, Y), y, gradient in zip(arrays.items(), got["y"], dy):
-            assert_close({"y": y}, {"y": float64_waveform(Y, x, n_fft, n_hop)}, 2e-6)
+            assert_close({"y": y}, {"y": float64_waveform(Y, x, n_fft, n_hop)}, 4e-6)
             direction = rng.standard_normal(Y.shape)
             change = (gradient * float64_waveform(direction, x, n_fft, n_hop)).sum()
             products = got[f"gradient of {name}"] * direction
@@ -258,6 +263,9 @@ def test_input_affine(sizes):
     compare(build, arrays, (T, N, H), rng)
 
 
+BN_NAMES = ("beta", "gamma", "mean", "var")
+
+
 def bn_arrays(rng, K):
     shape = (1, 1, K)
     arrays = {name: numbers(rng, *shape) for name in ("beta", "gamma", "mean")}
@@ -295,6 +303,30 @@ def test_mask(sizes):
     }
     build = lambda **v: functions.mask(**v, test=sizes["test"], name="fc")  # noqa: E731
     compare(build, arrays, (T, N, C, n), rng, (*BN_FIXED, "mixture"), tolerance=5e-5)
+
+
+@pytest.mark.parametrize("test", [False, True])
+def test_mask_is_the_network_s_formula(test):
+    """relu(normalised z · scale + mean) · mixture; the plain form folds scale and mean into gamma and beta.
+
+    Values, gradients of all that is learnt, also of two passes, and running statistics.
+    """
+    rng = np.random.default_rng(4)
+    T, N, C, n = 20, 3, 2, 30
+    arrays = {"z": 5 + numbers(rng, T, N, C * n), "scale": numbers(rng, n), "mean": numbers(rng, n)}
+    arrays.update(mixture=np.abs(numbers(rng, T, N, C, n)), **bn_arrays(rng, C * n))
+
+    def formula(z, scale, mean, mixture):
+        beta, gamma, *running = (nn.get_parameters(grad_only=False)[f"fc/bn/{name}"] for name in BN_NAMES)
+        h = F.batch_normalization(z, beta, gamma, *running, [2], 0.9, 1e-5, batch_stat=not test)
+        h = F.reshape(h, mixture.shape)
+        return F.relu(h * F.reshape(scale, (1, 1, 1, n)) + F.reshape(mean, (1, 1, 1, n))) * mixture
+
+    dy = numbers(rng, T, N, C, n)
+    fixed = (*BN_FIXED, "mixture")
+    for times in (1, 2):
+        got = run(lambda **v: functions.mask(**v, test=test, name="fc"), arrays, fixed, dy, True, times)
+        assert_close(got, run(formula, arrays, fixed, dy, True, times), 5e-6)
 
 
 @pytest.mark.parametrize("plain", [False, True])

@@ -407,6 +407,23 @@ def test_the_loss_is_the_sum_over_targets():
     np.testing.assert_allclose(graph.loss.d, sum(errors), rtol=1e-5)
 
 
+def test_arrays_of_a_batch_become_those_of_the_graph():
+    """None is copied, and a step leaves them as they were; those of NumPy may be of any kind."""
+    model = model_of(lambda targets, x: {target: x for target in targets})
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((1, 2, 2000)), rng.standard_normal((1, 3, 2, 2000))
+    arrays = [nn.NdArray.from_numpy_array(one.astype(np.float32)) for one in (x, *y.swapaxes(0, 1))]
+    graph = train.Graph(model, x.shape, test=False)
+    graph.forward(arrays[0], arrays[1:], clear_no_need_grad=True)
+    loss = float(graph.loss.d)
+    graph.loss.backward(clear_buffer=True)
+    for variable, array, expected in zip((graph.x, *graph.y), arrays, (x, *y.swapaxes(0, 1))):
+        assert variable.data.data.ctypes.data == array.data.ctypes.data
+        np.testing.assert_array_equal(array.data, expected.astype(np.float32))
+    graph.forward(x, y)
+    assert float(graph.loss.d) == loss
+
+
 def test_negative_magnitudes_are_silence():
     """Which are none, though a network that is not ours may return them: not the mixture with its sign changed."""
     model = model_of(lambda targets, x: {"b": -x, "a": x, "c": 0 * x})

@@ -15,6 +15,7 @@ import soundfile
 from formulas import float64_loss, float64_magnitudes
 from reference.songs import RATE, SOURCES, SPARSE, write_layout, write_songs
 from scipy import stats
+from trainings import as_numpy
 
 import args
 import data
@@ -450,7 +451,7 @@ def test_an_excerpt_may_be_the_whole_song(tmp_path):
 class Numbered:
     """A source of data whose items are their own numbers."""
 
-    nb_timesteps = None
+    nb_timesteps = nb_channels = nb_targets = 1
 
     def __init__(self, length, seed=0):
         self.length, self.seed = length, seed
@@ -458,14 +459,14 @@ class Numbered:
     def __len__(self):
         return self.length
 
-    def item(self, epoch, index):
-        return np.array([epoch]), np.array([index])
+    def fill(self, epoch, index, mixture, targets):
+        mixture[:], targets[0][:] = epoch, index
 
 
 def order(epoch, **options):
-    epochs, order = map(np.concatenate, zip(*data.DataIterator(Numbered(**options), 4).epoch(epoch)))
+    epochs, order = map(np.concatenate, zip(*as_numpy(data.DataIterator(Numbered(**options), 4).epoch(epoch))))
     assert (epochs == epoch).all()
-    return order.ravel()
+    return order.ravel().astype(int)
 
 
 def test_order_of_an_epoch_is_a_permutation_of_its_own():

@@ -7,8 +7,10 @@ tests/data/golden_stems_*.npz are by tests/reference/make_stems.py; OPENUNMIX_RE
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import h5py
@@ -707,6 +709,42 @@ def test_several_inputs_and_folders(folder, recordings, tmp_path, capsys):
     assert not (tmp_path / "no").exists()
 
 
+def test_several_at_a_time(folder, recordings, tmp_path, capfd):
+    """The same files, messages and status as one at a time; one bar for all of them."""
+    for name in ("1.wav", "2.wav", "4.wav"):
+        shutil.copy(recordings / "song.wav", tmp_path / name)
+    soundfile.write(tmp_path / "3.wav", 9 * song().T, RATE, "FLOAT")
+    (tmp_path / "3 bad.wav").write_text("none at all")
+    found, said = [], []
+    for number in (1, 2):
+        outdir = tmp_path / "out"
+        with pytest.raises(SystemExit) as stop:
+            run(folder, outdir, tmp_path, "--subtype", "16", "--cores", number, "--threads", number)
+        found.append((stop.value.code, {path.relative_to(outdir): path.read_bytes() for path in outdir.rglob("*.wav")}))
+        said.append(sorted(line for line in capfd.readouterr().err.splitlines() if "compiling" not in line))
+        outdir.rename(tmp_path.parent / f"{tmp_path.name} {number}")
+    assert found[0] == found[1] and found[0][0] == 2 and len(found[0][1]) == 4 * len(TARGETS)
+    assert said[0] == said[1] and len(said[0]) == 2 and "3.wav: stems scaled by" in said[0][0]
+
+
+def test_several_at_a_time_interrupted(folder, tmp_path):
+    """Ctrl-C on a terminal, which reaches all processes; nothing half is left."""
+    for number in range(3):
+        soundfile.write(tmp_path / f"{number}.wav", song(120 * RATE).T, RATE)
+    command = [sys.executable, separate.__file__, tmp_path, "--outdir", tmp_path / "out", "--model", folder]
+    command += ["--context", "cpu", "--cores", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    limit = time.monotonic() + 60
+    while len(list((tmp_path / "out").glob("*/.*.partial"))) < 2:
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and error.splitlines()[-1] == "separate.py: interrupted"
+    assert "Traceback" not in error and "Separating:   0%" in error
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_where_stems_go_by_default(folder, recordings, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     separate.main([str(recordings / "song.wav"), "--model", str(folder) + "/", "--quiet"])
@@ -792,6 +830,7 @@ ELSEWHERE = {
     "help": "argparse's own",
     "inputs": "test_several_inputs_and_folders",
     "outdir": "test_where_stems_go_by_default",
+    "cores": "test_several_at_a_time",
     "ext": "test_nothing_clips_in_silence",
     "model_dir": "tests/test_pretrained.py",
     "network": "tests/test_networks.py",

@@ -292,7 +292,7 @@ def test_trainings_are_those_of_one_thread():
             batch = np.random.default_rng([k, step]).standard_normal((2, 2, 2, 2000)).astype(np.float32)
             with context.exclusive():  # the dropout depends on the seed alone
                 train.seed_nnabla("dropout", seed=k, epoch=1, step=step)
-                losses.append(train.train_step(graph, batch[0], batch[1][:, None], solver))
+                losses.append(float(train.train_step(graph, batch[0], batch[1][:, None], solver).data))
         parameters = made.get_parameters()
         assert weights.describe(parameters)["hidden_size"] == 8 + 2 * k
         again = trained.Model(made.description, model.OpenUnmix, parameters)

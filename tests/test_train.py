@@ -1,6 +1,5 @@
 """The training script, run as a user runs it, on small songs and a tiny network."""
 
-import itertools
 import json
 import re
 import subprocess
@@ -70,14 +69,14 @@ def test_averages_are_validated_and_saved_and_training_goes_on_without(songs, tm
     decay, steps, seen = 0.8, [], []
     train_step, validate = train.train_step, train.validate
 
-    def step_and_look(graph, x, y, solver):
-        loss = train_step(graph, x, y, solver)
+    def step_and_look(*arguments):
+        loss = train_step(*arguments)
         steps.append(models[0].get_parameters())
         return loss
 
-    def look_and_validate(model, tracks, loss):
+    def look_and_validate(model, *arguments):
         seen.append(model.get_parameters())
-        return validate(model, tracks, loss)
+        return validate(model, *arguments)
 
     class Model(train.Model):
         def __init__(self, *arguments, **options):
@@ -292,7 +291,7 @@ def test_workers_prepare_batches(songs, tmp_path, base, monkeypatch):
 
     monkeypatch.setattr(batches, "ThreadPoolExecutor", Pool)
     run(songs, tmp_path, "--nb-workers", "2")
-    assert pools == [2]
+    assert pools == [2, 2]  # of what trains, of what validates
     assert_same_state(tmp_path, base[0])
 
 
@@ -326,16 +325,10 @@ def test_quiet(songs, tmp_path, capsys):
 
 def test_whole_tracks_of_any_length_need_few_graphs(songs, tmp_path, monkeypatch):
     """Each length has a graph of its own, but few are kept."""
-    render, lengths, graphs, most = (
-        data.MusdbSource.render,
-        itertools.count(20000, 100),
-        weakref.WeakSet(),
-        [],
-    )
+    plan, graphs, most = data.MusdbSource.plan, weakref.WeakSet(), []
 
-    def shorter(self, item):
-        nb_timesteps = next(lengths)
-        return tuple(audio[..., :nb_timesteps] for audio in render(self, item))
+    def shorter(self, epoch, index):
+        return plan(self, epoch, index)._replace(nb_timesteps=20000 + 1000 * epoch + 100 * index)
 
     class Graph(train.Graph):
         def __init__(self, *arguments, **options):
@@ -343,7 +336,7 @@ def test_whole_tracks_of_any_length_need_few_graphs(songs, tmp_path, monkeypatch
             most.append(len(graphs))
             super().__init__(*arguments, **options)
 
-    monkeypatch.setattr(data.MusdbSource, "render", shorter)
+    monkeypatch.setattr(data.MusdbSource, "plan", shorter)
     monkeypatch.setattr(train, "Graph", Graph)
     run(songs, tmp_path, "--seq-dur", "0", "--batch-size", "1", "--samples-per-track", "3")
     assert len(most) == 10 and max(most) <= 3

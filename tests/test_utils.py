@@ -316,6 +316,26 @@ def test_a_standard_stream_that_takes_nothing(stream):
         assert result.returncode == 2
 
 
+@pytest.mark.parametrize(
+    "error, is_gpu",
+    [
+        ("memory error in alloc\nmemory.cpp:39\nFailed: N4nbla10CudaMemoryE allocation failed.", True),
+        ("memory error in alloc\nmemory.cpp:39\nFailed: N4nbla9CpuMemoryE allocation failed.", False),
+        ('target_specific error in x\n(cudaMalloc) failed with "out of memory" (cudaErrorMemoryAllocation).', True),
+        ("target_specific error in x\nCUBLAS_STATUS_ALLOC_FAILED occured in `cublasCreate(&handle)`.", True),
+    ],
+)
+def test_no_memory_on_a_gpu(capsys, error, is_gpu):
+    @utils.command
+    def main(argv=None):
+        raise RuntimeError(error)
+
+    with pytest.raises(SystemExit) as stop:
+        main()
+    advice = " on the GPU: a smaller --batch-size, --seq-dur or --segment needs less" if is_gpu else ""
+    assert stop.value.code == 1 and capsys.readouterr().err.endswith(f": not enough memory{advice}\n")
+
+
 def test_no_memory():
     result = run("""
         @utils.command

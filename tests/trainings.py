@@ -19,6 +19,11 @@ def run(songs, output, *options):
     return json.loads((output / f"{target}.json").read_text())
 
 
+def as_numpy(batches):
+    """Batches of a DataIterator, as arrays of NumPy: mixtures, and targets (nb_samples, nb_targets, …)."""
+    return [(x.data, np.stack([one.data for one in y], axis=1)) for x, y in batches]
+
+
 def state(output):
     with np.load(output / "bass.checkpoint.npz") as archive:
         return {name: archive[name] for name in archive.files if name != "meta"}

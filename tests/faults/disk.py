@@ -110,7 +110,7 @@ def writers(folder) -> list:
 
     import audio
     import files
-    import train
+    import outputs
     import trained
     import weights
 
@@ -150,7 +150,7 @@ def writers(folder) -> list:
         weights.save(place / "bass.pth", values)
 
     def picture(place, value):
-        train.plot_losses(place / "bass.png", value)
+        outputs.plot_losses(place / "bass.png", value)
 
     longer = {**log, "train_loss_history": [1.0, 2.0], "valid_loss_history": [2.0, 1.0]}
     resume, growing = [*train_it, "--epochs", 2, "--checkpoint", "out"], ("bass.json", ".npz", ".png", ".txt")
