@@ -54,8 +54,9 @@ that `train.py` calls, which also copies the batch into the graph; torch's is th
 ## Joint step
 
 A step of four targets, with the batches that it reads: four separate trainings, their networks side by side
-(`--targets`), with X-UMX's bridges (`--crossing`), and with its loss, too (`--loss xumx`).
-`python benchmarks/bench.py --joint` measures this alone.
+(`--targets`), with X-UMX's bridges (`--crossing`), and with its loss, too (`--loss xumx`). What networks side by side
+have in common is the mixture: how it is read, and its spectrogram, which at batch {batch} is {share:.1%} of a separate
+step, so that sharing it leaves {left:.3f} of four. `python benchmarks/bench.py --joint` measures this alone.
 
 {joint}
 
@@ -229,8 +230,12 @@ def main():
         sys.exit(f"stems of ours and of torch differ by {difference:.1e}: they did not do the same work")
     firsts = {"training step": [cold["step"], steps["batch 1"]["ours"]["times"]["first"]]}
     firsts["separation"] = [cold["separate"], next(iter(songs.values()))["ours"]["times"]["first"]]
+    times = functions["ours"]["times"]  # of both spectrograms, the mixture's and the target's
+    share = statistics.median(times["spectrogram forward"]) / 2 / statistics.median(times["step"])
     report = REPORT.format(
         **origin(),
+        share=share,
+        left=1 - 0.75 * share,
         threads=args.threads,
         rounds=rounds,
         machine=computer,
