@@ -47,7 +47,7 @@ Ratios are of medians: below 1, ours is the faster, or the smaller. Memory is th
 ## Training step
 
 STFTs of mixture and target, forward, loss, backward, Adam with weight decay; excerpts of 6 s. Ours is the function
-that `train.py` calls, which also copies the batch into the graph; torch's is the loop of openunmix' `train.py`.
+that `train.py` calls, given a batch as its workers prepare it; torch's is the loop of openunmix' `train.py`.
 
 {steps}
 

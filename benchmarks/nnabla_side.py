@@ -67,6 +67,11 @@ def make_training(nb_samples, seconds, threads, plain, device="cpu"):
     return x, y[:, None], graph, Adam(model.variables(), work.LR, work.WEIGHT_DECAY)
 
 
+def prepared(x, y):
+    """A batch as a worker hands it over."""
+    return nn.NdArray.from_numpy_array(x), [nn.NdArray.from_numpy_array(one) for one in np.moveaxis(y, 1, 0)]
+
+
 def step(clock, nb_samples, seconds, warm_up, repeat, threads, plain=False):
     """Training steps as train.py does them."""
 
@@ -76,6 +81,7 @@ def step(clock, nb_samples, seconds, warm_up, repeat, threads, plain=False):
 
     start = time.perf_counter()
     x, y, graph, solver = make_training(nb_samples, seconds, threads, plain)
+    x, y = prepared(x, y)
     for i in range(warm_up + repeat):
         if i == warm_up:
             clock.times.clear()
@@ -111,6 +117,7 @@ def functions(clock, nb_samples, seconds, warm_up, repeat, threads, plain=False,
     """Each function within a training step. The plain form of one is several functions of NNabla's."""
     labels = label_functions()
     x, y, graph, solver = make_training(nb_samples, seconds, threads, plain, device)
+    x, y = prepared(x, y)
     sums, started = {}, []
 
     def hooks(phase):
