@@ -312,6 +312,17 @@ def add_separation_options(parser: Parser) -> None:
     group.add_argument("--segment", type=number(float, 30), default=480.0, help="longer recordings are cut, in seconds")
 
 
+def separator_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of Separator.load, from what separate.py and evaluate.py share."""
+    names = ("model", "targets", "model_dir", "network", "network_options", "quiet", "niter", "softmask", "alpha")
+    return {
+        **{name: getattr(args, name) for name in (*names, "context", "device_id", "segment")},
+        "residual": args.residual or False,
+        "wiener_win_len": args.wiener_win_len or None,
+        "wiener_eps": args.wiener_eps or None,
+    }
+
+
 def separate_parser() -> Parser:
     parser = Parser(prog="separate.py", description="Separate recordings into stems.")
     parser.add_argument("inputs", nargs="*", help="audio files, or folders of them; before --model, if of several")

@@ -27,7 +27,7 @@ import context
 import files
 import folders
 import utils
-from args import evaluate_parser
+from args import evaluate_parser, separator_options
 from datasets.musdb18 import database
 from scorer import Scorer, evaluations, references, scored_by
 from scores import MODE, Labels, compare, summarize, without_nan
@@ -153,23 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     subset, split = ("train", "valid") if args.subset == "valid" else (args.subset, None)
     evaldir = Path(os.path.expanduser(args.evaldir or Path("evaluation", folders.name_of_models(args.model))))
     mus = database(args.root, args.is_wav, subset, split)
-    loading = {
-        "model": args.model,
-        "targets": args.targets,
-        "model_dir": args.model_dir,
-        "network": args.network,
-        "network_options": args.network_options,
-        "quiet": args.quiet,
-        "niter": args.niter,
-        "softmask": args.softmask,
-        "alpha": args.alpha,
-        "residual": args.residual or False,
-        "wiener_win_len": args.wiener_win_len or None,
-        "wiener_eps": args.wiener_eps or None,
-        "context": args.context,
-        "device_id": args.device_id,
-        "segment": args.segment,
-    }
+    loading = separator_options(args)
     context.use(args.context, args.device_id, args.plain, args.threads)
     separator = Separator.load(**loading)
     aggregate = checked_aggregate(separator, args.aggregate)

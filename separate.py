@@ -31,7 +31,7 @@ import kernels.spectra
 import kernels.threads
 import trained
 import utils
-from args import MOST_ALPHA, MOST_ITERATIONS, separate_parser
+from args import MOST_ALPHA, MOST_ITERATIONS, separate_parser, separator_options
 from audio import check_channels, check_rate, check_samples, resample
 from context import extension_context
 from stems import check_places, checked_aggregate, checked_subtype, write_stems
@@ -396,23 +396,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     recordings = audio.recordings(args.inputs)
     cores = min(pool.places(args.cores), len(recordings))
     context.use(args.context, args.device_id, args.plain, args.threads)
-    loading = {
-        "model": args.model,
-        "targets": args.targets,
-        "model_dir": args.model_dir,
-        "network": args.network,
-        "network_options": args.network_options,
-        "quiet": args.quiet,
-        "niter": args.niter,
-        "softmask": args.softmask,
-        "alpha": args.alpha,
-        "residual": args.residual or False,
-        "wiener_win_len": args.wiener_win_len or None,
-        "wiener_eps": args.wiener_eps or None,
-        "context": args.context,
-        "device_id": args.device_id,
-        "segment": args.segment,
-    }
+    loading = separator_options(args)
     separator = Separator.load(**loading)
     aggregate = checked_aggregate(separator, args.aggregate)
     outdir, model = args.outdir and os.path.expanduser(args.outdir), folders.name_of_models(args.model)
