@@ -173,12 +173,12 @@ def test_waveforms(sizes, transform, are_mono):
     rng, T, N, C, _, _ = draw(sizes)
     n_fft, n_hop = transform
     x = numbers(rng, N, C, n_fft + (T - 1) * n_hop + rng.integers(n_hop))
-    x[:, :, ::2] += 2  # a constant, and half the sample rate, so that these bins, which are real, keep their signs
+    x[:, :, ::2] += 0.6  # a constant, and half the sample rate, so that these bins, which are real, keep their signs
     x[:, :, :n_hop] = 0
     x[0] = 0 if N > 1 else x[0]  # digital silence has the phase 0
     frames = np.lib.stride_tricks.sliding_window_view(x, n_fft, axis=2)[:, :, ::n_hop]
     levels = np.abs(np.fft.rfft(frames * scipy.signal.windows.hann(n_fft, sym=False)))
-    assume((levels > 0.003 * levels.max())[levels > 0].all())  # else phases are those of rounding
+    assume((levels > 0.007 * levels.max())[levels > 0].all())  # else phases are those of rounding
     shapes = [(T, N, 1 if mono else C, n_fft // 2 + 1) for mono in are_mono]
     arrays = {f"Y{k}": np.abs(numbers(rng, *shape)) for k, shape in enumerate(shapes)}
 
@@ -190,7 +190,7 @@ def test_waveforms(sizes, transform, are_mono):
     for plain in (False, True):
         got = run(build, {"x": x, **arrays}, ("x",), dy, plain)
         for (name, Y), y, gradient in zip(arrays.items(), got["y"], dy):
-            assert_close({"y": y}, {"y": float64_waveform(Y, x, n_fft, n_hop)}, 4e-6)
+            assert_close({"y": y}, {"y": float64_waveform(Y, x, n_fft, n_hop)}, 2e-6)
             direction = rng.standard_normal(Y.shape)
             change = (gradient * float64_waveform(direction, x, n_fft, n_hop)).sum()
             products = got[f"gradient of {name}"] * direction
