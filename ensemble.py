@@ -8,7 +8,7 @@ ICASSP 2017, blend two networks: their raw estimates, before the Wiener filter.
 from __future__ import annotations  # unions, on Python 3.9
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import nnabla as nn
 import numpy as np
@@ -48,17 +48,31 @@ def load_models(
     return [one for models in loaded for one in models]
 
 
-def encode(models: list[trained.Model], targets: list[str], x: nn.Variable) -> Features:
-    """{target: pairs of a model that has it, and its features of all of x}, see `trained.Model.encode`."""
-    features = {target: [] for target in targets}
+def encode(models: list[trained.Model], targets: list[str], recordings: Iterable[nn.Variable]) -> list[Features]:
+    """Of each recording {target: pairs of a model that has it, and its features of all frames}.
+
+    Args:
+        recordings: what `trained.Model.represent` gives of each; the next one is asked for when the last one, which may
+            be large, is no longer needed
+    """
+    models = [model for model in models if not set(targets).isdisjoint(model.targets)]
+    bottlenecks = [[] for _ in models]
+    for x in recordings:
+        for model, found in zip(models, bottlenecks):
+            found += _computed([model.bottleneck(x)])
+        del x
+    features = [{target: [] for target in targets} for _ in bottlenecks[0]]
     for model in models:
-        if not features.keys().isdisjoint(model.targets):
-            hidden = model.encode(x)
-            nn.forward_all([h for h in hidden.values() if h.parent], clear_buffer=True)  # x itself has none
-            for target in features.keys() & hidden.keys():
-                features[target].append((model, hidden[target].data.get_data("r", np.float32).copy()))
-            del hidden
+        for ours, found in zip(features, _computed(model.listen(bottlenecks.pop(0)))):
+            for target in ours.keys() & found.keys():
+                ours[target].append((model, found[target].data.get_data("r", np.float32).copy()))
     return features
+
+
+def _computed(recordings):
+    """Variables {target: variable} of each recording with the values that their graphs give, and without these."""
+    nn.forward_all([h for one in recordings for h in one.values() if h.parent], clear_buffer=True)  # inputs have none
+    return [{target: h.get_unlinked_variable(need_grad=False) for target, h in one.items()} for one in recordings]
 
 
 def waveforms(features: Features) -> dict[str, np.ndarray]:

@@ -238,41 +238,64 @@ class BatchNormalization(_Normalized):
 
 
 class Lstm(_Function):
-    """Inputs: x, then per layer a weight, then bias_ih of all layers, then bias_hh of all."""
+    """Inputs: x of each recording, then per layer a weight, then bias_ih of all layers, then bias_hh of all.
 
-    def __init__(self, nb_layers: int, dropout: float, test: bool):
+    Outputs: of each recording; of several in test mode only.
+    """
+
+    def __init__(self, nb_recordings: int, nb_layers: int, dropout: float, test: bool):
         super().__init__()
-        self.nb_layers, self.test = nb_layers, test
+        self.nb_recordings, self.nb_layers, self.test = nb_recordings, nb_layers, test
         self.dropout = 0.0 if test or nb_layers == 1 else dropout
         self.stack = kernels.lstm.Lstm()
 
-    def output_shape(self, x: tuple, weight: tuple, *others: tuple) -> tuple:
-        return x[0], x[1], weight[0] * weight[2]
+    def min_outputs(self) -> int:
+        return self.nb_recordings
+
+    def setup_impl(self, inputs: Variables, outputs: Variables) -> None:
+        nb_directions, _, size, _ = inputs[self.nb_recordings].shape
+        for x, y in zip(inputs, outputs):
+            y.reset_shape((*x.shape[:2], nb_directions * size), True)
 
     def _arrays(self, inputs):
-        n = self.nb_layers
-        weights = [_read(v) for v in inputs[1 : 1 + n]]
-        biases = [_read(ih) + _read(hh) for ih, hh in zip(inputs[1 + n : 1 + 2 * n], inputs[1 + 2 * n :])]
-        return _read(inputs[0]), weights, biases
+        """Of all recordings x, the weights and the biases."""
+        m, n = self.nb_recordings, self.nb_layers
+        weights = [_read(v) for v in inputs[m : m + n]]
+        biases = [_read(ih) + _read(hh) for ih, hh in zip(inputs[m + n : m + 2 * n], inputs[m + 2 * n :])]
+        return [_read(v) for v in inputs[:m]], weights, biases
 
     def forward_impl(self, inputs: Variables, outputs: Variables) -> None:
         seed = nn.random.prng.randint(2**32, dtype=np.uint32) if self.dropout else 0
-        self.stack.forward(*self._arrays(inputs), self.dropout, seed, _write(outputs[0]), keep=not self.test)
+        (x, *others), *parameters = self._arrays(inputs)
+        out = _write(outputs[0])
+        if not others:
+            self.stack.forward(x, *parameters, self.dropout, seed, out, keep=not self.test)
+            return
+        shapes = [v.shape[:2] for v in outputs]
+        x = np.concatenate([_rows(one) for one in (x, *others)])[:, None]
+        out = np.empty((len(x), 1, out.shape[2]), np.float32)
+        self.stack.forward(x, *parameters, 0.0, 0, out, False, shapes)
+        for y, part in zip(outputs, np.split(out, np.cumsum([nb_frames * n for nb_frames, n in shapes[:-1]]))):
+            _write(y)[...] = part.reshape(y.shape)
 
     def grad_depends_output_data(self, i: int, o: int) -> bool:
         return True
 
     def backward_impl(self, inputs: Variables, outputs: Variables, propagate_down: list, accum: list) -> None:
-        n = self.nb_layers
-        x, weights, biases = self._arrays(inputs)
-        if self.test:  # then forward keeps nothing, because a backward pass is rare: go again
-            self.stack.forward(x, weights, biases, 0.0, 0, np.empty(outputs[0].shape, np.float32), keep=True)
-        targets = [_gradient(v, accum[i]) if propagate_down[i] else None for i, v in enumerate(inputs[: 1 + n])]
-        dy = outputs[0].grad.get_data("r", np.float32)
-        dbiases = self.stack.backward(x, weights, dy, targets[0], targets[1:], accum)
-        for i in range(1 + n, 1 + 3 * n):
-            if propagate_down[i]:
-                _store(inputs[i], accum[i], dbiases[(i - 1) % n])
+        m, n = self.nb_recordings, self.nb_layers
+        recordings, weights, biases = self._arrays(inputs)
+        accum = list(accum)
+        for k, (x, y) in enumerate(zip(recordings, outputs)):
+            if self.test:  # then forward keeps nothing, because a backward pass is rare: go again
+                self.stack.forward(x, weights, biases, 0.0, 0, np.empty(y.shape, np.float32), keep=True)
+            wanted = [k, *range(m, m + n)]
+            targets = [_gradient(inputs[i], accum[i]) if propagate_down[i] else None for i in wanted]
+            dy = y.grad.get_data("r", np.float32)
+            dbiases = self.stack.backward(x, weights, dy, targets[0], targets[1:], [accum[i] for i in wanted])
+            for i in range(m + n, m + 3 * n):
+                if propagate_down[i]:
+                    _store(inputs[i], accum[i], dbiases[(i - m) % n])
+            accum[m:] = [True] * (3 * n)  # the other recordings add to it
 
 
 class Affine(_Function):

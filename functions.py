@@ -12,7 +12,7 @@ Shapes: T = nb_frames, N = nb_samples, C = nb_channels, F = nb_bins.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Optional
+from typing import Optional, Union
 
 import nnabla as nn
 import nnabla.functions as F
@@ -232,39 +232,62 @@ def _normalized(x, beta, gamma, mean, var, test):
 
 
 def lstm(
-    x: nn.Variable, hidden_size: int, nb_layers: int, bidirectional: bool, dropout: float, test: bool, name: str
-) -> nn.Variable:
+    x: Union[nn.Variable, Sequence[nn.Variable]],
+    hidden_size: int,
+    nb_layers: int,
+    bidirectional: bool,
+    dropout: float,
+    test: bool,
+    name: str,
+) -> Union[nn.Variable, list[nn.Variable]]:
     """Stacked LSTM with dropout between its layers (not after the last).
 
     Args:
-        x: (T, N, features)
+        x: (T, N, features); or a sequence of such, of recordings each with its own T, in test mode. The fast form
+            reads its weights once for all of them.
         hidden_size: units per direction
     Returns:
-        (T, N, hidden_size · directions)
+        (T, N, hidden_size · directions), or a list of such
+    Raises:
+        ValueError: several recordings in training, or none, or features that differ in number.
     Parameters, of layer k: weight_l{k} (directions, 4, hidden_size, inputs + hidden_size) with gates in
         the order input, forget, cell, output; bias_ih_l{k}, bias_hh_l{k} (directions, 4, hidden_size).
         Two biases that are only ever added, because the reference's optimizer moves both.
     """
+    recordings = [x] if isinstance(x, nn.Variable) else list(x)
+    if len(recordings) > 1 and not test:
+        raise ValueError("several recordings go through an LSTM together in test mode only")
+    if len({one.shape[2] for one in recordings}) != 1:
+        raise ValueError(f"recordings of shapes {[one.shape for one in recordings]}: expected equal features")
     nb_directions = 2 if bidirectional else 1
     initializer = _uniform(hidden_size)
     weights, biases_ih, biases_hh = [], [], []
     with nn.parameter_scope(name):
         for layer in range(nb_layers):
             gates = (nb_directions, 4, hidden_size)
-            nb_inputs = x.shape[2] if layer == 0 else nb_directions * hidden_size
+            nb_inputs = recordings[0].shape[2] if layer == 0 else nb_directions * hidden_size
             weights.append(get_parameter_or_create(f"weight_l{layer}", gates + (nb_inputs + hidden_size,), initializer))
             biases_ih.append(get_parameter_or_create(f"bias_ih_l{layer}", gates, initializer))
             biases_hh.append(get_parameter_or_create(f"bias_hh_l{layer}", gates, initializer))
     if context.fast():
-        return fast.Lstm(nb_layers, dropout, test)(x, *weights, *biases_ih, *biases_hh)
+        y = fast.Lstm(len(recordings), nb_layers, dropout, test)(*recordings, *weights, *biases_ih, *biases_hh)
+        outputs = [y] if isinstance(y, nn.Variable) else list(y)
+    else:
+        outputs = [_lstm(one, weights, biases_ih, biases_hh, dropout, test) for one in recordings]
+    return outputs[0] if isinstance(x, nn.Variable) else outputs
+
+
+def _lstm(x, weights, biases_ih, biases_hh, dropout, test):
+    """Of one recording, in native functions."""
     for layer, (weight, bias_ih, bias_hh) in enumerate(zip(weights, biases_ih, biases_hh)):
         if layer > 0 and dropout > 0 and not test:
             x = F.dropout(x, dropout)  # F.lstm has an argument for it, which the CPU ignores
+        nb_directions, _, hidden_size, _ = weight.shape
         h, c = (nn.Variable((1, nb_directions, x.shape[1], hidden_size)) for _ in range(2))
         h.data.zero()  # F.constant is a function of the CPU: in every step its values would be copied to the device
         c.data.zero()
         bias = F.reshape(bias_ih + bias_hh, (1,) + bias_ih.shape)
-        x, _, _ = F.lstm(x, h, c, weight, bias=bias, bidirectional=bidirectional, training=not test)
+        x, _, _ = F.lstm(x, h, c, weight, bias=bias, bidirectional=nb_directions == 2, training=not test)
     return x
 
 

@@ -152,6 +152,14 @@ class OpenUnmix:
         h = self._reduce(X, test)
         return self._combine(h, self._recur(h, test), test)
 
+    def bottleneck(self, X: nn.Variable, test: bool = False) -> nn.Variable:
+        """The first part of `encode`, up to the LSTM."""
+        return self._reduce(X, test)
+
+    def listen(self, h: Sequence[nn.Variable], test: bool = False) -> list[nn.Variable]:
+        """The rest of `encode`, of several recordings, from the `bottleneck` of each; in training of one."""
+        return [self._combine(*pair, test) for pair in zip(h, self._recur(h, test))]
+
     def decode(self, h: nn.Variable, X: nn.Variable, test: bool = False, target: Optional[str] = None) -> nn.Variable:
         """Features of frames to a mask over all bins of the mixture X of the same frames, applied to it.
 
@@ -220,6 +228,22 @@ class JointOpenUnmix(OpenUnmix):
         h = self._bridged({target: self._reduce(X, test, target) for target in self.targets})
         s = self._bridged({target: self._recur(h[target], test, target) for target in self.targets})
         return {target: self._combine(h[target], s[target], test, target) for target in self.targets}
+
+    def bottleneck(self, X: nn.Variable, test: bool = False) -> dict:
+        """The first part of `encode`, up to the bridges before the LSTMs, {target: variable}."""
+        return {target: self._reduce(X, test, target) for target in self.targets}
+
+    def listen(self, h: Sequence[dict], test: bool = False) -> list[dict]:
+        """The rest of `encode`, of several recordings."""
+        h = [self._bridged(one) for one in h]
+        s = [self._recur([one[target] for one in h], test, target) for target in self.targets]
+        s = [self._bridged(dict(zip(self.targets, one))) for one in zip(*s)]
+        return [
+            {target: self._combine(one[target], other[target], test, target) for target in self.targets}
+            for one, other in zip(h, s)
+        ]
+
+    decode = OpenUnmix.decode  # made for this call: inherited, it might be older (see trained.is_parted)
 
     def _bridged(self, variables):
         """Of each target its own variable, or the average of all."""

@@ -6,7 +6,7 @@ import contextlib
 import numbers
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -167,6 +167,39 @@ class Separator:
         Raises:
             UsageError: not floats of that shape, empty, with samples that are not finite (or huge), or no rate.
         """
+        return next(self.together([audio], rate))
+
+    def together(self, recordings: Iterable[np.ndarray], rate: float) -> Iterator[dict[str, np.ndarray]]:
+        """Separate several recordings of one rate: yields of each, in turn, what a call gives, but for rounding.
+
+        Our networks encode several at once, so that the weights of their LSTMs are read once for all: as many as
+        follow each other and are no longer than a segment in all, so that memory stays that of one recording.
+        """
+        for group in self._groups(self._checked(recording, rate) for recording in recordings):
+            several = self.is_spectral and len(group) > 1
+            features = self._encode([part for x, _ in group for part in self._parts(x)]) if several else []
+            for x, nb_timesteps in group:
+                if several:
+                    blocks = self._segment(x, [features.pop(0) for _ in self._parts(x)])
+                else:  # one alone may be longer than a segment
+                    blocks = self.stream(lambda start, stop, x=x: x[:, start:stop], *x.shape)
+                yield self._collected(blocks, x.shape, nb_timesteps, rate)
+
+    def _groups(self, recordings):
+        """Lists of recordings that follow each other: of one, or of several no longer than a segment in all."""
+        group, total = [], 0
+        for x, nb_timesteps in recordings:
+            length = -(-len(x) // 2) * x.shape[1]  # of all pairs of channels
+            if group and total + length > self.segment:
+                yield group
+                group, total = [], 0
+            group.append((x, nb_timesteps))
+            total += length
+        if group:
+            yield group
+
+    def _checked(self, audio, rate):
+        """Audio at the model's rate, and its length before."""
         try:
             audio = np.asarray(audio)
         except ValueError as error:
@@ -178,11 +211,14 @@ class Separator:
         with np.errstate(over="ignore"):  # infinity, which is no sample
             audio = np.asarray(audio, np.float32)
         check_samples(audio, "the audio")
-        x = resample(audio, rate, self.sample_rate)
-        stems = np.empty((len(self.sources), len(x), x.shape[1]), np.float32)
-        for start, block in self.stream(lambda start, stop: x[:, start:stop], *x.shape):
+        return resample(audio, rate, self.sample_rate), audio.shape[1]
+
+    def _collected(self, blocks, shape, nb_timesteps, rate):
+        """Stems by name, at the rate and of the length of a recording, of the blocks of its audio of this shape."""
+        stems = np.empty((len(self.sources), *shape), np.float32)
+        for start, block in blocks:
             stems[:, :, start : start + block.shape[2]] = block
-        return {name: resample(stem, self.sample_rate, rate, audio.shape[1]) for name, stem in zip(self.sources, stems)}
+        return {name: resample(stem, self.sample_rate, rate, nb_timesteps) for name, stem in zip(self.sources, stems)}
 
     def stream(
         self, read: Callable[[int, int], np.ndarray], nb_channels: int, nb_timesteps: int
@@ -220,23 +256,31 @@ class Separator:
                 return
             tail, start = following, start + keep
 
-    def _segment(self, x):
-        """Pairs (0, …) of start and stems of audio x (nb_channels, nb_timesteps), window by window."""
+    def _segment(self, x, features=None):
+        """Pairs (0, …) of start and stems of audio x (nb_channels, nb_timesteps), window by window.
+
+        `features` are those of its parts, if they have been encoded with others.
+        """
         if not self.is_spectral:
             yield 0, self._waveforms(x)
             return
-        length = x.shape[1]
-        # shorter audio cannot be reflected at its ends, which the centred STFT does
-        if length <= self.n_fft // 2:
-            x = np.pad(x, ((0, 0), (0, self.n_fft // 2 + 1 - length)))
-        pairs = [self._estimates(x[k : k + 2]) for k in range(0, len(x), 2)]
-        overlap_add = OverlapAdd(self.n_fft, self.n_hop, length)
+        parts = self._parts(x)
+        pairs = [self._estimates(*pair) for pair in zip(parts, features or (self._encode([part])[0] for part in parts))]
+        overlap_add = kernels.spectra.OverlapAdd(self.n_fft, self.n_hop, x.shape[1])
         for parts in zip(*pairs):
             y = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
             for position, block in overlap_add(y):
                 yield position, block
         for position, block in overlap_add.end():
             yield position, block
+
+    def _parts(self, x):
+        """What goes through the networks of spectrograms one at a time: pairs of channels."""
+        length = x.shape[1]
+        # shorter audio cannot be reflected at its ends, which the centred STFT does
+        if length <= self.n_fft // 2:
+            x = np.pad(x, ((0, 0), (0, self.n_fft // 2 + 1 - length)))
+        return [x[k : k + 2] for k in range(0, len(x), 2)]
 
     def _waveforms(self, x):
         """Stems (nb_sources, nb_channels, nb_timesteps) of networks in the time domain."""
@@ -246,20 +290,16 @@ class Separator:
             twice = len(part) < self.nb_channels
             with self._graphs():
                 audio = nn.Variable.from_numpy_array((np.concatenate([part, part]) if twice else part)[None])
-                estimates = ensemble.waveforms(ensemble.encode(self.models, self.targets, audio))
+                estimates = ensemble.waveforms(*ensemble.encode(self.models, self.targets, [audio]))
             for stem, target in zip(stems, self.targets):
                 stem[k : k + len(part)] = estimates[target].mean(axis=0) if twice else estimates[target]
         if self.residual:
             stems[-1] = x - stems[:-1].sum(axis=0)
         return stems
 
-    def _estimates(self, x):
+    def _estimates(self, x, features):
         """Spectra of all stems of one or two channels: (nb_sources, nb_channels, window, nb_bins) per window."""
-        nb_channels = len(x)
-        if self.nb_channels == 2 and nb_channels == 1:
-            x = np.concatenate([x, x])
-        with self._graphs():
-            features = self._encode(x)
+        x, nb_channels = self._stereo(x), len(x)
         nb_frames = kernels.spectra.nb_frames(x.shape[1], self.n_fft, self.n_hop, center=True)
         window = self.wiener_win_len or nb_frames
         y = None
@@ -282,16 +322,24 @@ class Separator:
         with context.exclusive(), nn.context_scope(self.context), nn.auto_forward(False):
             yield
 
-    def _encode(self, x):
-        """Features of all frames, see ensemble.py."""
-        audio = nn.Variable.from_numpy_array(x[None])
+    def _stereo(self, x):
+        """One or two channels as the networks read them."""
+        return np.concatenate([x, x]) if self.nb_channels == 2 and len(x) == 1 else x
+
+    def _encode(self, parts):
+        """Features of all frames of each part, see ensemble.py."""
+        with self._graphs():
+            features = ensemble.encode(self.models, self.targets, map(self._spectrogram, parts))
+        nnabla_ext.cpu.clear_memory_cache()
+        return features
+
+    def _spectrogram(self, x):
+        """Magnitudes of one or two channels, an input of graphs to come."""
+        nnabla_ext.cpu.clear_memory_cache()  # that of the part before: they are the largest, and come only once
+        audio = nn.Variable.from_numpy_array(self._stereo(x)[None])
         X = functions.spectrogram(audio, self.n_fft, self.n_hop, center=True, mono=self.nb_channels == 1)
         X.forward()
-        X = X.get_unlinked_variable(need_grad=False)  # an input of the graphs to come
-        features = ensemble.encode(self.models, self.targets, X)
-        del audio, X
-        nnabla_ext.cpu.clear_memory_cache()  # the spectrogram's memory: it is the largest, and comes only once
-        return features
+        return X.get_unlinked_variable(need_grad=False)
 
 
 def _is(kind, value):
@@ -308,42 +356,6 @@ def _names(targets):
     if not all(isinstance(name, str) for name in names):
         raise UsageError(f"targets {targets!r}: expected names")
     return names
-
-
-class OverlapAdd:
-    """The inverse of the centred STFT, for frames that come in pieces: torch.istft's formula.
-
-    Each frame is windowed once more, and the sum divided by that of the squared windows.
-    """
-
-    def __init__(self, n_fft: int, n_hop: int, nb_timesteps: int):
-        self.n_fft, self.n_hop, self.nb_timesteps = n_fft, n_hop, nb_timesteps
-        self.position = -(n_fft // 2)  # of the first sample that is not finished
-        self.open = None
-
-    def __call__(self, y: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Add the next frames (nb_sources, nb_channels, nb_frames, nb_bins); yields start and finished samples."""
-        size = (y.shape[2] - 1) * self.n_hop + self.n_fft
-        sums, envelope = np.zeros(y.shape[:2] + (size,), np.float32), np.zeros(size, np.float32)
-        if self.open is not None:
-            sums[..., : self.open[1].size], envelope[: self.open[1].size] = self.open
-        kernels.spectra.overlap_add(y, self.n_fft, self.n_hop, sums, envelope)
-        done = min(size, y.shape[2] * self.n_hop)
-        self.open = sums[..., done:].copy(), envelope[done:].copy()
-        yield from self._finish(sums[..., :done], envelope[:done])
-
-    def end(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields what the last frames leave."""
-        yield from self._finish(*self.open)
-
-    def _finish(self, sums, envelope):
-        start = self.position
-        self.position += envelope.size
-        cut = slice(max(0, -start), max(0, min(envelope.size, self.nb_timesteps - start)))
-        if cut.start < cut.stop:
-            sums = sums[..., cut]
-            sums /= np.maximum(envelope[cut], 1e-11)  # where no frame reaches: zeros
-            yield start + cut.start, sums
 
 
 # ------------------------------------------------------------------------------------ command line

@@ -124,7 +124,7 @@ class Model:
         self.domain = getattr(self.net, "domain", "spectrogram")
         if self.domain not in ("spectrogram", "audio"):
             raise UsageError(f"{self.name} has the domain {self.domain!r}: expected spectrogram or audio")
-        self.is_parted = is_parted(cls)
+        self.is_parted, self.is_own = is_parted(cls), cls in OWN.values()
         self.scope = collections.OrderedDict()
         if parameters is None:
             with self.parameter_scope():
@@ -244,15 +244,28 @@ class Model:
             self._checked(self._run("it cannot be called", self.net, x, test=test), x)
 
     # A separator needs little memory if a network's estimate can be made of few numbers per frame, some frames at a
-    # time: decode of encode. Of any other network, the features are the estimates themselves.
+    # time: decode of encode. Of any other network, the features are the estimates themselves. And it is faster if
+    # several recordings go through an LSTM together: of our networks, encode is listen of their bottlenecks. A network
+    # of another class may have changed encode, or look at frames all at once: its bottleneck is encode as a whole.
 
-    def encode(self, x: nn.Variable) -> dict:
-        """Features of all frames, {target: variable}, from what `represent` gives of one recording."""
+    def bottleneck(self, x: nn.Variable) -> dict:
+        """What `listen` makes features of, {target: variable}, from what `represent` gives of one recording."""
         if not self.is_parted:
             return self.estimates(x)
         with self.parameter_scope():
-            features = self._run("encode fails", self.net.encode, x, test=True)
-        return features if self.joint else {self.targets[0]: features}
+            encode = self.net.bottleneck if self.is_own else self.net.encode
+            h = self._run("encode fails", encode, x, test=True)
+        return h if self.joint else {self.targets[0]: h}
+
+    def listen(self, recordings: list[dict]) -> list[dict]:
+        """Features of all frames of several recordings, each {target: variable}, from the `bottleneck` of each."""
+        if not self.is_own:
+            return recordings
+        with self.parameter_scope():
+            if self.joint:
+                return self.net.listen(recordings, test=True)
+            (target,) = self.targets
+            return [{target: h} for h in self.net.listen([one[target] for one in recordings], test=True)]
 
     def decode(self, target: str, features: nn.Variable, X: nn.Variable) -> nn.Variable:
         """The estimate of a target from its features and the mixture's spectrogram of the same frames."""

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 INT = types.intp
 FLOAT = types.float32
 SUMS = types.float64[:, ::1]
+INTS = types.intp[:, ::1]
 COMPLEX3 = types.complex64[:, :, ::1]
 
 

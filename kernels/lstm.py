@@ -4,7 +4,7 @@ from typing import Optional
 
 import numpy as np
 
-from kernels.compiler import IN, INT, OUT, SUMS, inline, kernel, tanh
+from kernels.compiler import IN, INT, INTS, OUT, SUMS, inline, kernel, tanh
 from kernels.products import PANEL, matmul, panels, products, small_product
 from kernels.shapes import check
 from kernels.threads import get_threads, run, split
@@ -19,33 +19,40 @@ def _quarters(row):
 
 
 @kernel
-def _lstm_forward(gates: OUT(4), bias: IN(2), panels: IN(3), c: OUT(4), h: OUT(4), d: INT, first: INT, last: INT):
-    nb_frames, _, nb_directions, size = h.shape
+def _lstm_forward(
+    gates: OUT(3), bias: IN(2), panels: IN(3), c: OUT(3), h: OUT(3), samples: INTS, d: INT, first: INT, last: INT
+):
+    _, nb_directions, size = h.shape
     rows = last - first
+    nb_steps = samples[first, 2] if rows > 0 else 0
     z = np.zeros((rows, panels.shape[0] * PANEL), np.float32)
-    zeros = np.zeros(size, np.float32)
-    for step in range(nb_frames):
-        t = nb_frames - 1 - step if d else step
-        before = t + 1 if d else t - 1
+    c_states, h_states = np.zeros((rows, size), np.float32), np.zeros((rows, size), np.float32)
+    places = np.zeros(rows, np.intp)
+    for step in range(nb_steps):
+        while samples[first + rows - 1, 2] <= step:  # who has no such frame: the longest come first
+            rows -= 1
         for r in range(rows):
-            row, preset, b = gates[t, first + r, d], z[r], bias[d]
+            begin, stride, nb_frames = samples[first + r, 0], samples[first + r, 1], samples[first + r, 2]
+            places[r] = begin + stride * (nb_frames - 1 - step if d else step)
+            row, preset, b = gates[places[r], d], z[r], bias[d]
             for j in range(len(row)):
                 preset[j] = row[j] + b[j]
         if step > 0:
-            small_product(h[before, first, d].ctypes.data, h.strides[1] // 4, rows, panels, z)
+            small_product(h_states.ctypes.data, size, rows, panels, z)
         for r in range(rows):
-            n = first + r
-            row, preset = gates[t, n, d], z[r]
+            row, preset = gates[places[r], d], z[r]
             for j in range(len(row)):  # sigmoid(x) = tanh(x / 2) / 2 + 1 / 2: one loop for all gates
                 is_g = 2 * size <= j < 3 * size
                 scale = np.float32(1) if is_g else np.float32(0.5)
                 row[j] = (np.float32(1) - scale) + scale * tanh(scale * preset[j])
             i, f, g, o = _quarters(row)
-            c_before, c_now, h_now = c[before, n, d] if step > 0 else zeros, c[t, n, d], h[t, n, d]
+            c_now, h_now, c_kept, h_kept = c_states[r], h_states[r], c[places[r], d], h[places[r], d]
             for j in range(size):
-                c_now[j] = f[j] * c_before[j] + i[j] * g[j]
+                c_now[j] = f[j] * c_now[j] + i[j] * g[j]
             for j in range(size):
                 h_now[j] = o[j] * tanh(c_now[j])
+            for j in range(size):
+                c_kept[j], h_kept[j] = c_now[j], h_now[j]
 
 
 @kernel
@@ -96,13 +103,33 @@ def _recurrences(nb_directions, nb_samples):
     return [(d, *part) for part in samples for d in range(nb_directions)]
 
 
+def _samples(shapes):
+    """Of each sample of all recordings, the longest first: its first row, the rows to its next frame, its frames."""
+    samples, begin = [], 0
+    for nb_frames, nb_samples in shapes:
+        samples += [(begin + n, nb_samples, nb_frames) for n in range(nb_samples)]
+        begin += nb_frames * nb_samples
+    samples.sort(key=lambda sample: -sample[2])
+    return np.array(samples, np.intp).reshape(-1, 3)
+
+
 def lstm_layer(
-    x: np.ndarray, weight: np.ndarray, bias: np.ndarray, gates: np.ndarray, c: np.ndarray, h: np.ndarray
+    x: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray,
+    gates: np.ndarray,
+    c: np.ndarray,
+    h: np.ndarray,
+    shapes: Optional[list[tuple[int, int]]] = None,
 ) -> None:
     """One LSTM layer, initial states zero, gates in the order input, forget, cell, output.
 
+    Of several recordings, each is a sequence of its own; the recurrent weights, which are read in every frame, are read
+    once for all that have such a frame.
+
     Args:
-        x: (T, N, I)
+        x: (T, N, I); of several recordings, their rows one after another, T · N in all
+        shapes: (T, N) of each of the recordings; None: there is one
         weight: (D, 4, size, I + size), bias: (D, 4, size)
         gates: (T, N, D, 4 · size), written: the gates behind their sigmoid and tanh
         c, h: (T, N, D, size), written: cell and output
@@ -117,15 +144,20 @@ def lstm_layer(
     )
     nb_directions, size, nb_inputs = weight.shape[0], weight.shape[2], x.shape[2]
     nb_rows = x.shape[0] * x.shape[1]
+    shapes = [x.shape[:2]] if shapes is None else shapes
+    if sum(nb_frames * nb_samples for nb_frames, nb_samples in shapes) != nb_rows or np.min(shapes, initial=0) < 0:
+        raise ValueError(f"{nb_rows} rows are not those of recordings of shapes {shapes}")
     # towards all gates of both directions at once
     flat = weight.reshape(nb_directions * 4 * size, -1)
     matmul(x.reshape(nb_rows, -1), flat[:, :nb_inputs].T, gates.reshape(nb_rows, -1))
     recurrent = [panels(w.reshape(4 * size, -1)[:, nb_inputs:].T) for w in weight]
     bias = bias.reshape(nb_directions, -1)
+    gates, c, h = (array.reshape(nb_rows, nb_directions, -1) for array in (gates, c, h))
+    samples = _samples(shapes)
     run(
         [
-            (_lstm_forward, gates, bias, recurrent[d], c, h, d, *part)
-            for d, *part in _recurrences(nb_directions, x.shape[1])
+            (_lstm_forward, gates, bias, recurrent[d], c, h, samples, d, *part)
+            for d, *part in _recurrences(nb_directions, len(samples))
         ]
     )
 
@@ -213,7 +245,17 @@ class Lstm:
         dropout(h.reshape(-1), self.p, self.seed, layer, out.reshape(-1))
         return out
 
-    def forward(self, x: np.ndarray, weights: list, biases: list, p: float, seed: int, out: np.ndarray, keep: bool):
+    def forward(
+        self,
+        x: np.ndarray,
+        weights: list,
+        biases: list,
+        p: float,
+        seed: int,
+        out: np.ndarray,
+        keep: bool,
+        shapes: Optional[list[tuple[int, int]]] = None,
+    ):
         """Args:
         x: (T, N, I)
         weights: per layer (D, 4, size, inputs + size)
@@ -221,6 +263,7 @@ class Lstm:
         p, seed: probability of dropout, 0 for none, and its 32 bits
         out: (T, N, D · size), written
         keep: what `backward` needs; without, memory does not grow with the number of layers
+        shapes: see `lstm_layer`; `backward` knows nothing of them
         """
         self.p, self.seed = p, seed
         self.layers = []
@@ -233,7 +276,7 @@ class Lstm:
             gates = self._buffer(("gates", slot), shape + (4 * size,))
             c = self._buffer(("c", slot), shape + (size,))
             h = out.reshape(c.shape) if last else self._buffer(("h", k if keep else k % 2), c.shape)
-            lstm_layer(below, weight, bias, gates, c, h)
+            lstm_layer(below, weight, bias, gates, c, h, shapes)
             self.layers.append((gates, c, h))
             if not last:
                 below = self._input(h, k + 1)

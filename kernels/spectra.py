@@ -1,5 +1,7 @@
 """Audio to spectrogram and back: windows, frames, magnitudes, overlap-add."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import scipy.fft
 
@@ -148,6 +150,42 @@ def overlap_add(y: np.ndarray, n_fft: int, n_hop: int, sums: np.ndarray, envelop
     squares = window * window
     for t in range(y.shape[2]):
         envelope[t * n_hop : t * n_hop + n_fft] += squares
+
+
+class OverlapAdd:
+    """The inverse of the centred STFT, for frames that come in pieces: torch.istft's formula.
+
+    Each frame is windowed once more, and the sum divided by that of the squared windows.
+    """
+
+    def __init__(self, n_fft: int, n_hop: int, nb_timesteps: int):
+        self.n_fft, self.n_hop, self.nb_timesteps = n_fft, n_hop, nb_timesteps
+        self.position = -(n_fft // 2)  # of the first sample that is not finished
+        self.open = None
+
+    def __call__(self, y: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Add the next frames (nb_sources, nb_channels, nb_frames, nb_bins); yields start and finished samples."""
+        size = (y.shape[2] - 1) * self.n_hop + self.n_fft
+        sums, envelope = np.zeros(y.shape[:2] + (size,), np.float32), np.zeros(size, np.float32)
+        if self.open is not None:
+            sums[..., : self.open[1].size], envelope[: self.open[1].size] = self.open
+        overlap_add(y, self.n_fft, self.n_hop, sums, envelope)
+        done = min(size, y.shape[2] * self.n_hop)
+        self.open = sums[..., done:].copy(), envelope[done:].copy()
+        yield from self._finish(sums[..., :done], envelope[:done])
+
+    def end(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields what the last frames leave."""
+        yield from self._finish(*self.open)
+
+    def _finish(self, sums, envelope):
+        start = self.position
+        self.position += envelope.size
+        cut = slice(max(0, -start), max(0, min(envelope.size, self.nb_timesteps - start)))
+        if cut.start < cut.stop:
+            sums = sums[..., cut]
+            sums /= np.maximum(envelope[cut], 1e-11)  # where no frame reaches: zeros
+            yield start + cut.start, sums
 
 
 # Estimated magnitudes with the phase of a mixture as audio. Blocks of frames stay in the cache from the mixture's

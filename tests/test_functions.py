@@ -374,6 +374,59 @@ def test_lstm_has_a_way_back_in_test_mode():
     assert_close(results[1], results[0], 1e-6)
 
 
+@shapes
+@given(SIZES, st.lists(st.tuples(st.integers(1, 9), st.integers(1, 3)), min_size=1, max_size=5), st.booleans())
+def test_lstm_of_several_recordings(sizes, lengths, bidirectional):
+    """Each is a sequence of its own, in both forms: as the formula says of each alone."""
+    rng, _, _, _, K, H = draw(sizes)
+    D = 2 if bidirectional else 1
+    arrays = lstm_arrays(rng, K, H, 2, D)
+    recordings = [numbers(rng, *shape, K) for shape in lengths]
+    weights = [arrays[f"lstm/weight_l{k}"].astype(float) for k in range(2)]
+    biases = [arrays[f"lstm/bias_ih_l{k}"].astype(float) + arrays[f"lstm/bias_hh_l{k}"] for k in range(2)]
+    truth = [float64_lstm(x.astype(float), weights, biases, np.ones(2)) for x in recordings]
+    nn.clear_parameters()
+    for name, array in arrays.items():
+        nn.parameter.set_parameter(name, nn.Variable.from_numpy_array(array))
+    for plain in (False, True):
+        context.set_plain(plain)
+        try:
+            y = functions.lstm(
+                list(variables(**dict(zip("abcde", recordings))).values()), H, 2, D == 2, 0.4, True, "lstm"
+            )
+        finally:
+            context.set_plain(False)
+        nn.forward_all(y)
+        assert [one.shape for one in y] == [one.shape for one in truth]
+        assert max(np.abs(one.d - expected).max() for one, expected in zip(y, truth)) < 2e-6
+
+
+def test_lstm_of_several_recordings_has_a_way_back():
+    """The gradients of each, added up."""
+    rng = np.random.default_rng(0)
+    arrays, shapes = lstm_arrays(rng, 4, 5, 2, 2), {"a": (7, 1), "b": (3, 2), "c": (9, 1)}
+    recordings = {name: numbers(rng, *shape, 4) for name, shape in shapes.items()}
+    dy = {name: numbers(rng, *shape, 10) for name, shape in shapes.items()}
+
+    def build(**x):  # what has dy for its gradient, with a gradient of 1
+        together = functions.lstm(list(x.values()), 5, 2, True, 0.0, True, "lstm")
+        return sum(F.sum(y * nn.Variable.from_numpy_array(dy[name])) for name, y in zip(x, together))
+
+    got = run(build, {**recordings, **arrays}, (), 1, plain=False)
+    alone = [run(build, {name: x, **arrays}, (), 1, plain=False) for name, x in recordings.items()]
+    expected = {name: sum(one[name] for one in alone if name in one) for name in got}
+    assert_close(got, expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "shapes, test, message",
+    [([(3, 1, 4), (2, 1, 4)], False, "test mode only"), ([(3, 1, 4), (2, 1, 5)], True, "equal"), ([], True, "equal")],
+)
+def test_recordings_that_do_not_go_together(shapes, test, message):
+    with pytest.raises(ValueError, match=message):
+        functions.lstm([nn.Variable(shape) for shape in shapes], 5, 2, True, 0.0, test, "lstm")
+
+
 @pytest.mark.parametrize("D, N", [(1, 1), (2, 3)])
 def test_lstm_with_dropout_against_float64(D, N):
     T, K, H, layers, seed = 12, 5, 7, 3, 11

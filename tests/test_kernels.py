@@ -115,6 +115,13 @@ def test_shapes():
         check(a=(np.ones(()), "T"))
 
 
+@pytest.mark.parametrize("shapes", [[], [(9, 1)], [(3, 3), (2, 1)], [(7, 2), (-2, 2)], [(11, 1), (1, -1)]])
+def test_recordings_that_are_not_there(shapes):
+    arrays = {**LSTM, "bias": real(2, 4, S), "h": real(T, N, 2, S)}
+    with pytest.raises(ValueError, match="10 rows are not those of recordings"):
+        kernels.lstm.lstm_layer(**arrays, shapes=shapes)
+
+
 @pytest.mark.parametrize("options", [{"n_hop": 0}, {"n_fft": 0}, {"start": -1}, {"stop": 99}, {"start": 4, "stop": 1}])
 def test_frames_that_are_not_there(options):
     with pytest.raises(ValueError):

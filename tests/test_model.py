@@ -7,6 +7,7 @@ import pytest
 import context
 import functions
 import model
+import trained
 
 
 def audio(nb_samples=2, nb_channels=2, nb_timesteps=2000, seed=0):
@@ -227,3 +228,32 @@ def test_squared_error_is_accurate(nb_values, plain, monkeypatch):
     loss.forward()
     assert loss.shape == ()
     assert abs(loss.d / np.mean((y_hat.astype(np.float64) - y) ** 2) - 1) < 1e-6
+
+
+class Own(model.JointOpenUnmix):
+    def encode(self, X, test=False):
+        h = self._reduce(X, test)
+        return {target: self._combine(h, self._recur(h, test), test, target) for target in self.targets}
+
+
+@pytest.mark.parametrize("targets, crossing", [(None, True), (["bass", "a"], True), (["bass", "a"], False)])
+def test_listening_to_bottlenecks_is_encoding(targets, crossing):
+    """What a separator calls, and what the networks themselves do."""
+    options = {"n_fft": 64, "n_hop": 16, "hidden_size": 12}
+    net = model.JointOpenUnmix(targets, crossing, **options) if targets else model.OpenUnmix(**options)
+    rng = np.random.RandomState(0)
+    recordings = [rng.rand(nb_frames, 1, 2, 33).astype(np.float32) for nb_frames in (7, 3, 11)]
+    X = [nn.Variable.from_numpy_array(one) for one in recordings]
+    together = net.listen([net.bottleneck(one, test=True) for one in X], test=True)
+    for got, one in zip(together, X):
+        expected = net.encode(one, test=True)
+        got, expected = ((y if targets else {"": y}) for y in (got, expected))
+        assert got.keys() == expected.keys()
+        for target in expected:
+            nn.forward_all([got[target], expected[target]])
+            np.testing.assert_allclose(got[target].d, expected[target].d, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("cls", [model.OpenUnmix, model.JointOpenUnmix, Own])
+def test_networks_of_ours_are_decoded_piece_by_piece(cls):
+    assert trained.is_parted(cls)

@@ -204,6 +204,34 @@ def test_trained_estimate(case, ours, largest):
         compare("estimate", ours.trained_estimate, case["trained_estimate"])
 
 
+@pytest.mark.parametrize("path", files("packed"), ids=lambda path: path.stem)
+def test_recordings_of_several_lengths(path, plain, largest):
+    """Through one LSTM, as torch's packed sequences."""
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    nb_layers, hidden_size = 3, arrays["weight_hh_l0"].shape[1]
+    nn.clear_parameters()
+    for k in range(nb_layers):
+        ways = [{name: arrays[f"{name}_l{k}{way}"] for name in PARTS_OF_LSTM} for way in ("", "_reverse")]
+        gates = (2, 4, hidden_size)
+        weight = np.stack([np.concatenate([way["weight_ih"], way["weight_hh"]], axis=1) for way in ways])
+        parameters = {f"weight_l{k}": weight.reshape(*gates, -1)}
+        for name in ("bias_ih", "bias_hh"):
+            parameters[f"{name}_l{k}"] = np.stack([way[name] for way in ways]).reshape(gates)
+        for name, array in parameters.items():
+            nn.parameter.set_parameter(f"lstm/{name}", nn.Variable.from_numpy_array(array))
+    expected = [arrays[f"y{k}"] for k in range(sum(name.startswith("y") for name in arrays))]
+    x = [nn.Variable.from_numpy_array(arrays[f"x{k}"][:, None]) for k in range(len(expected))]
+    y = functions.lstm(x, hidden_size, nb_layers, True, 0.4, True, "lstm")
+    nn.forward_all(y)
+    with Comparison("recordings together", path.stem, largest, 1e-6) as compare:
+        for k, one in enumerate(expected):
+            compare(f"recording {k}", y[k].d[:, 0], one, scale=1)
+
+
+PARTS_OF_LSTM = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
 # -------------------------------------------------------------------------------- statistics
 
 

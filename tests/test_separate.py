@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import h5py
+import networks
 import nnabla as nn
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ import soundfile
 import args
 import audio
 import context
+import kernels.lstm
 import kernels.threads
 import separate
 import stems
@@ -380,6 +382,79 @@ def test_short_recordings_are_not_cut(models):
     audio = song(separator.segment)
     whole = Separator(models, context="cpu", wiener_win_len=6)
     np.testing.assert_array_equal(stack(separator(audio, RATE)), stack(whole(audio, RATE)))
+
+
+# ------------------------------------------------------------------------------- several recordings
+
+LENGTHS = [(3000, 2), (1, 2), (5000, 1), (4000, 3), (130, 2), (5000, 2)]  # samples, channels
+
+
+def of_every_kind(models):
+    """Models of one target, of several with bridges, of a class that is not ours; and all in one ensemble."""
+    description = {**models[0].description, "class": "networks.py:Deeper"}
+    deeper = trained.Model(description, networks.Deeper)
+    joint = trained.described(joint_params(**SIZES), TARGETS, N_HOP, RATE)
+    return {"ours": models, "joint": [joint], "others": [deeper], "all": [*models, joint, deeper]}
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("kind", ["ours", "joint", "others", "all"])
+def test_together_as_one_at_a_time(models, kind, plain):
+    context.set_plain(plain)
+    separator = Separator(of_every_kind(models)[kind], context="cpu", niter=1, residual=True)
+    recordings = [song(*shape, seed=k) for k, shape in enumerate(LENGTHS)]
+    together = list(separator.together(iter(recordings), RATE))
+    assert len(together) == len(recordings)
+    for got, recording in zip(together, recordings):
+        alone = separator(recording, RATE)
+        assert list(got) == list(alone)
+        np.testing.assert_allclose(stack(got), stack(alone), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [RATE, 11025])
+def test_as_many_together_as_a_segment_is_long(models, rate, monkeypatch):
+    """The next ones are not even read before; longer ones go segment by segment."""
+    together, layer = [], kernels.lstm.lstm_layer
+
+    def count(*arguments):
+        together.append(1 if arguments[6] is None else len(arguments[6]))
+        layer(*arguments)
+
+    monkeypatch.setattr(kernels.lstm, "lstm_layer", count)
+    separator = segmented(models[:1])
+    lengths = [round(part * separator.segment * rate / RATE) for part in (0.3, 0.3, 0.3, 0.3, 0.4, 1.5, 0.5, 0.4)]
+    read, seen = [], []
+
+    def recordings():
+        for length in lengths:
+            read.append(length)
+            yield song(length)
+
+    for got in separator.together(recordings(), rate):
+        seen.append((len(read), sum(together) // SIZES["nb_layers"], max(together, default=0)))
+        assert stack(got).shape == (1, 2, lengths[len(seen) - 1])
+        together.clear()
+    # a group is known to be full when the next one is read; the long one has two segments
+    assert seen == [(4, 3, 3), *[(4, 0, 0)] * 2, (6, 2, 2), (6, 0, 0), (7, 2, 1), (8, 2, 2), (8, 0, 0)]
+
+
+def test_waveforms_one_after_another():
+    model = trained.Model(
+        {"class": "w.py:W", "options": {}, "targets": ["bass", "vocals"], "nb_channels": 2, "sample_rate": RATE,
+         "n_fft": N_FFT, "n_hop": N_HOP}, networks.Wave,
+    )  # fmt: skip
+    separator = Separator([model], context="cpu", residual=True)
+    recordings = [song(4000), song(3000, 1)]
+    together = list(separator.together(recordings, RATE))
+    assert len(together) == len(recordings)
+    for got, recording in zip(together, recordings):
+        np.testing.assert_array_equal(stack(got), stack(separator(recording, RATE)))
+
+
+def test_a_bad_recording_among_others(models):
+    together = Separator(models, context="cpu").together([song(), song()[0]], RATE)
+    with pytest.raises(UsageError, match="expected floats"):
+        next(together)
 
 
 # ------------------------------------------------------------------------------------- joint models

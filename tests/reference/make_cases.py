@@ -246,6 +246,18 @@ def helpers():
     }
 
 
+def packed_lstm(nb_inputs, hidden_size, lengths):
+    """Recordings of several lengths through one LSTM, as torch does it: a packed sequence."""
+    torch.manual_seed(0)
+    lstm = torch.nn.LSTM(nb_inputs, hidden_size, num_layers=3, bidirectional=True)
+    recordings = [torch.randn(length, nb_inputs) for length in lengths]
+    with torch.no_grad():
+        y, _ = lstm(torch.nn.utils.rnn.pack_sequence(recordings, enforce_sorted=False))
+    y = torch.nn.utils.rnn.unpack_sequence(y)
+    arrays = {**lstm.state_dict(), **{f"x{k}": x for k, x in enumerate(recordings)}}
+    return {name: array.numpy() for name, array in [*arrays.items(), *((f"y{k}", y) for k, y in enumerate(y))]}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out_dir", type=Path)
@@ -261,6 +273,7 @@ def main():
 
     for seed, (name, settings) in enumerate(CASES.items()):
         save(f"case_{name}", make_case(seed, *settings, *sizes[seed % len(sizes)]))
+    save("packed", packed_lstm(5, 6, [4, 1, 9, 9, 2]) if args.golden else packed_lstm(64, 32, [43, 500, 87, 1]))
     if args.golden:
         save("statistics", noise_statistics())
         save("helpers", helpers())
