@@ -31,7 +31,7 @@ import bsseval
 import files
 from args import demo_parser
 from audio import write
-from separate import Separator
+from separator import Separator
 from utils import UsageError
 
 REST = "rest"  # the residual's name

@@ -31,7 +31,8 @@ from args import evaluate_parser, separator_options
 from datasets.musdb18 import database
 from scorer import Scorer, evaluations, references, scored_by
 from scores import MODE, Labels, compare, summarize, without_nan
-from separate import Separator, checked_aggregate
+from separator import Separator
+from stems import checked_aggregate
 from utils import UsageError
 
 if TYPE_CHECKING:

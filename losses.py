@@ -4,16 +4,20 @@ from __future__ import annotations  # unions, on Python 3.9
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, combinations
 from typing import Any, NamedTuple
 
 import nnabla as nn
 import nnabla.functions as F
+import numpy as np
 
 import context
+import fast
 import foreign
 import functions
+import kernels.correlations
 from utils import UsageError
 
 
@@ -68,6 +72,100 @@ class Signals:
         return start, stop
 
 
+# ------------------------------------------------------------------------------- how far audio is from audio
+
+SDR_EPS = 1e-7  # of mean squares, −70 dB of full scale
+
+
+def negative_sdr(y_hat: nn.Variable, y: nn.Variable, start: int = 0, stop: int | None = None) -> nn.Variable:
+    """10 log₁₀ (⟨(y_hat − y)²⟩ + ε) / (⟨y²⟩ + ε), minus the signal-to-distortion ratio in dB; mean over samples, ().
+
+    The mean squares ⟨…⟩ are over channels and time. ε, 1e-7, makes it a number where the target is silent, and lets
+    errors below −70 dB count for nothing (the definition of the Music Demixing Challenge 2021, Mitsufuji et al.,
+    Frontiers in Signal Processing 2022, with means for sums).
+
+    Args:
+        y_hat, y: estimate and target (N, C, nb_timesteps); no gradient flows to the target
+        start, stop: samples that count; None: to the end
+    Raises:
+        ValueError: shapes differ, or no samples count.
+    """
+    functions.check_pair(y_hat, y)
+    start, stop = _samples(y, start, stop)
+    if context.fast():
+        return fast.negative_sdr(y_hat, y, start, stop, SDR_EPS)
+    y_hat, y = (_rows(v, start, stop, axis=1) for v in (y_hat, y))
+    size = y.shape[1]
+    error, energy = (_product(v, v) / size + SDR_EPS for v in (y_hat - y, y))
+    return F.mean(F.log(error / energy)) * (10 / math.log(10))
+
+
+def weighted_sdr(
+    x: nn.Variable,
+    estimates: Sequence[nn.Variable],
+    targets: Sequence[nn.Variable],
+    sets: Sequence[Sequence[int]],
+    start: int = 0,
+    stop: int | None = None,
+) -> nn.Variable:
+    """The time-domain loss of X-UMX, for sets of targets; within 0 … 2, shape ().
+
+    Of a set, let y be the sum of its targets, p that of its estimates, and ρ = |y|² / (|y|² + |x − y|²). The loss is
+        1 − ρ ⟨y, p⟩ / |y| |p| − (1 − ρ) ⟨x − y, x − p⟩ / |x − y| |x − p|,
+    mean over sets, samples and channels (Sawata et al., ICASSP 2021, equation 4; the 1 and the ε that keep it a number
+    in silence are those of Sony's implementation).
+
+    Args:
+        x: mixture (N, C, nb_timesteps); no gradient flows to it, nor to targets
+        estimates, targets: of each target, of the shape of x
+        sets: which targets are added up, by their indices
+        start, stop: samples that count; None: to the end
+    Raises:
+        ValueError: shapes differ, or no samples count.
+    """
+    for v in (*estimates, *targets):
+        functions.check_pair(v, x)
+    start, stop = _samples(x, start, stop)
+    if context.fast():
+        members = np.array([[float(i in some) for i in range(len(targets))] for some in sets])
+        return fast.weighted_sdr(x, list(estimates), list(targets), members, start, stop)
+    x, *signals = (_rows(v, start, stop, axis=2) for v in (x, *estimates, *targets))
+    losses = []
+    for some in sets:
+        p, y = (sum(signals[offset + i] for i in some) for offset in (0, len(targets)))
+        energy, rest = _product(y, y), _product(x - y, x - y)
+        rho = energy / (energy + rest + WEIGHTED_SDR_EPS)
+        losses.append(1 - F.mean(rho * _cosine(y, p) + (1 - rho) * _cosine(x - y, x - p)))
+    return sum(losses) / len(losses)
+
+
+WEIGHTED_SDR_EPS = kernels.correlations.EPS
+
+
+def _samples(x, start, stop):
+    stop = x.shape[2] if stop is None else stop
+    if not 0 <= start < stop <= x.shape[2]:
+        raise ValueError(f"samples {start} … {stop} of {x.shape[2]}: there is nothing to compare")
+    return start, stop
+
+
+def _rows(x, start, stop, axis):
+    """Audio (N, C, nb_timesteps) from start to stop as rows; channels are in one if axis is 1."""
+    x = F.slice(x, start=(0, 0, start), stop=(*x.shape[:2], stop))
+    return F.reshape(x, (math.prod(x.shape[:axis]), -1))
+
+
+def _product(a, b):
+    """Inner products of rows (R, L), shape (R,), by a matrix product: F.sum adds float32 one by one."""
+    rows, size = a.shape
+    return F.reshape(F.batch_matmul(F.reshape(a, (rows, 1, size)), F.reshape(b, (rows, size, 1))), (rows,))
+
+
+def _cosine(a, b):
+    sizes = [(_product(v, v) + WEIGHTED_SDR_EPS) ** 0.5 for v in (a, b)]
+    return _product(a, b) / (sizes[0] * sizes[1] + WEIGHTED_SDR_EPS)
+
+
 # ------------------------------------------------------------------------------------------ the losses
 
 
@@ -85,7 +183,7 @@ def sdr(signals: Signals) -> nn.Variable:
     """Minus the signal-to-distortion ratio of the audio in dB, summed over targets; of silent ones, too."""
 
     def error(y_hat, y):
-        return functions.negative_sdr(y_hat, y, *signals.samples)
+        return negative_sdr(y_hat, y, *signals.samples)
 
     return sum_over_targets(error, signals.y_hat, signals.y)
 
@@ -101,7 +199,7 @@ def xumx(signals: Signals, mcoef: float = 10.0, combinations: bool = True) -> nn
     loss = _squared_error_of_sets(signals, sets)
     if mcoef:
         estimates, targets = ([some[target] for target in signals.targets] for some in (signals.y_hat, signals.y))
-        loss = loss + mcoef * functions.weighted_sdr(signals.x, estimates, targets, sets, *signals.samples)
+        loss = loss + mcoef * weighted_sdr(signals.x, estimates, targets, sets, *signals.samples)
     return loss
 
 

@@ -21,7 +21,7 @@ from audio import write
 from datasets.musdb18 import Track, open_tracks
 from datasets.recordings import Recording
 from scores import METRICS, Labels, groups, is_complete, labels_of
-from separate import Separator
+from separator import Separator
 from utils import UsageError
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ SUBTYPES = {"16": "PCM_16", "24": "PCM_24", "float": "FLOAT"}
 
 
 class Separating(Protocol):
-    """What is needed of a `separate.Separator`."""
+    """What is needed of a `separator.Separator`."""
 
     sources: list
     targets: list

@@ -172,7 +172,7 @@ def of_waveforms(sizes):
     x, sets = sum(y.values()), losses.sets_of(n_targets)
 
     def weighted_sdr(x, **signals):
-        return functions.weighted_sdr(x, [signals[k] for k in y_hat], [signals[k] for k in y], sets)
+        return losses.weighted_sdr(x, [signals[k] for k in y_hat], [signals[k] for k in y], sets)
 
     def waveforms(x, **magnitudes):
         return functions.waveforms(list(magnitudes.values()), x, n_fft, n_hop)
@@ -183,7 +183,7 @@ def of_waveforms(sizes):
             {"real": noise(N, C, bins, T), "imag": noise(N, C, bins, T)},
             [],
         ),
-        "negative_sdr": (functions.negative_sdr, {"y_hat": y_hat["y_hat0"], "y": y["y0"]}, ["y"]),
+        "negative_sdr": (losses.negative_sdr, {"y_hat": y_hat["y_hat0"], "y": y["y0"]}, ["y"]),
         "weighted_sdr": (weighted_sdr, {"x": x, **y_hat, **y}, ["x", *y]),
         "stft": (lambda x: functions.stft(x, n_fft, n_hop, False), {"x": x}, []),
         "waveforms": (waveforms, {"x": clicks(rng, x.shape, n_fft), **Y}, ["x"]),

@@ -16,7 +16,7 @@ from gpu_work import Samples, check, fact, main, measure, write_songs
 from report import ROOT, last_line, run
 
 import weights
-from separate import Separator
+from separator import Separator
 from train import Graph, seed_nnabla, train_step
 
 STEMS = 1e-5  # absolute, of separated samples

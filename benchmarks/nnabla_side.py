@@ -24,7 +24,7 @@ import train as training
 import trained
 import weights
 from evaluate import main as evaluate_main
-from separate import Separator
+from separator import Separator
 from solvers import Adam
 from train import Graph, seed_nnabla, train_step, validate
 

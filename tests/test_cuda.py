@@ -93,7 +93,7 @@ def test_graphs_run_again_with_memory_released():
     rng = np.random.default_rng(0)
     x, y = (nn.Variable.from_numpy_array(rng.uniform(-1, 1, (2, 2, 64 + 16 * 20))) for _ in range(2))
     (y_hat,) = functions.waveforms([network.estimates(network.represent(x)).popitem()[1]], x, 64, 16)
-    loss = functions.negative_sdr(y_hat, y)
+    loss = losses.negative_sdr(y_hat, y)
     values = []
     for clear in ({}, {"clear_no_need_grad": True}, {"clear_buffer": True}, {"clear_buffer": True}):
         loss.forward(**clear)

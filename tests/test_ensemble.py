@@ -12,11 +12,12 @@ import soundfile
 from formulas import float64_estimate
 from test_separate import N_FFT, N_HOP, RATE, joint_params, make_folder, random_params, read, run, song, stack
 
+import filtering
 import separate
 import trained
 import weights
 from args import TARGETS
-from separate import Separator
+from separator import Separator
 from utils import UsageError
 
 WINDOW = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(N_FFT) / N_FFT)
@@ -161,7 +162,7 @@ def test_waveforms_are_averaged(nb_channels):
 def test_without_a_regularisation_of_its_own_the_filter_has_norberts(level, niter, softmask, monkeypatch):
     """Which computes in double precision, as for Sony's X-UMX: what comes out differs by rounding to single precision;
     with 1e-10 it is something else. One of the sources is silent."""
-    source_spectra, errors = separate.filtering.source_spectra, []
+    source_spectra, errors = filtering.source_spectra, []
 
     def compare(v, x, *options, out):
         source_spectra(v, x, *options, out=out)
@@ -170,7 +171,7 @@ def test_without_a_regularisation_of_its_own_the_filter_has_norberts(level, nite
         assert not v[1].any() and not expected[1].any() and np.abs(expected[[0, 2, 3]]).max(axis=(1, 2, 3)).min() > 1
         errors.append(np.abs(out - expected).max() / np.abs(expected).max())
 
-    monkeypatch.setattr(separate.filtering, "source_spectra", compare)
+    monkeypatch.setattr(filtering, "source_spectra", compare)
     model = parameters(0, len(TARGETS), level)
     model[1]["output_mean"][:], model[1]["output_scale"][:] = -100, 0
     for eps in (None, 1e-10):

@@ -24,6 +24,7 @@ import kernels.lstm
 import kernels.products
 import kernels.threads
 import kernels.training
+import losses
 import solvers
 
 SIZES = st.fixed_dictionaries(
@@ -573,7 +574,7 @@ def test_negative_sdr(sizes):
     def formula(y_hat, y):
         return -float64_sdr(y_hat[..., start:stop], y[..., start:stop])
 
-    assert_loss(lambda **v: functions.negative_sdr(**v, start=start, stop=stop), arrays, ("y",), formula, rng)
+    assert_loss(lambda **v: losses.negative_sdr(**v, start=start, stop=stop), arrays, ("y",), formula, rng)
 
 
 @shapes
@@ -596,19 +597,19 @@ def test_weighted_sdr(sizes, nb_targets):
         x, p, y = parts({name: array[..., start:stop] for name, array in v.items()})
         return np.mean([float64_weighted_sdr(x, *(sum(some[i] for i in one) for some in (p, y))) for one in sets])
 
-    assert_loss(lambda **v: functions.weighted_sdr(*parts(v), sets, start, stop), arrays, fixed, formula, rng)
+    assert_loss(lambda **v: losses.weighted_sdr(*parts(v), sets, start, stop), arrays, fixed, formula, rng)
 
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_losses_in_time_have_no_gradient_towards_targets(plain):
     rng = np.random.default_rng(0)
     arrays = {name: numbers(rng, 1, 2, 50) for name in ("x", "p", "y")}
-    got = run(lambda x, p, y: functions.weighted_sdr(x, [p], [y], [(0,)]), arrays, ("x", "y"), 1, plain)
+    got = run(lambda x, p, y: losses.weighted_sdr(x, [p], [y], [(0,)]), arrays, ("x", "y"), 1, plain)
     assert got["gradient of p"].any()
     with pytest.raises(ValueError, match="nothing to compare"):
-        functions.negative_sdr(nn.Variable((1, 2, 50)), nn.Variable((1, 2, 50)), 20, 20)
+        losses.negative_sdr(nn.Variable((1, 2, 50)), nn.Variable((1, 2, 50)), 20, 20)
     with pytest.raises(ValueError, match="estimate of shape"):
-        functions.negative_sdr(nn.Variable((1, 2, 50)), nn.Variable((1, 1, 50)))
+        losses.negative_sdr(nn.Variable((1, 2, 50)), nn.Variable((1, 1, 50)))
 
 
 def test_inner_products_are_exact():
@@ -667,9 +668,9 @@ def test_released_memory_is_not_read(plain, monkeypatch):
             {"x": numbers(rng, N, C, 147), "a": spectrogram, "b": spectrogram},
             (2, N, C, 147),
         ),
-        (functions.negative_sdr, {"y_hat": numbers(rng, N, C, 90), "y": numbers(rng, N, C, 90)}, ()),
+        (losses.negative_sdr, {"y_hat": numbers(rng, N, C, 90), "y": numbers(rng, N, C, 90)}, ()),
         (
-            lambda x, p, y: functions.weighted_sdr(x, [p], [y], [(0,)]),
+            lambda x, p, y: losses.weighted_sdr(x, [p], [y], [(0,)]),
             {name: numbers(rng, N, C, 90) for name in "xpy"},
             (),
         ),

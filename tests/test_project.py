@@ -20,7 +20,7 @@ LEVELS = (
     {"weights"},
     {"trained"},
     {"checkpoint", "ensemble"},
-    {"outputs"},
+    {"outputs", "separator"},
     {"train", "separate"},
     {"scorer"},
     {"evaluate", "demo"},

@@ -31,7 +31,7 @@ import stems
 import trained
 import weights
 from args import TARGETS
-from separate import Separator
+from separator import Separator
 from utils import UsageError
 
 GOLDEN = Path(__file__).parent / "data"
