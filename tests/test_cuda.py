@@ -73,7 +73,7 @@ def test_functions_of_separation(name):
     """Centred frames; features of all, and estimates of some."""
     network = made(name)
     X = network.represent(nn.Variable((1, 2, 1000)), center=True)
-    features = network.encode(X)
+    (features,) = network.listen([network.bottleneck(X)])
     found = types(*(network.decode(target, h, X) for target, h in features.items()))
     assert found <= REGISTERED, f"not on a GPU: {found - REGISTERED}"
     assert found.isdisjoint(CONVOLUTIONS)
