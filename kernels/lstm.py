@@ -5,7 +5,7 @@ from typing import Optional
 import numpy as np
 
 from kernels.compiler import IN, INT, INTS, OUT, SUMS, inline, kernel, tanh
-from kernels.products import PANEL, matmul, panels, products, small_product
+from kernels.products import PANEL, panels, products, small_product
 from kernels.shapes import check
 from kernels.threads import get_threads, run, split
 from kernels.training import dropout
@@ -147,9 +147,12 @@ def lstm_layer(
     shapes = [x.shape[:2]] if shapes is None else shapes
     if sum(nb_frames * nb_samples for nb_frames, nb_samples in shapes) != nb_rows or np.min(shapes, initial=0) < 0:
         raise ValueError(f"{nb_rows} rows are not those of recordings of shapes {shapes}")
-    # towards all gates of both directions at once
-    flat = weight.reshape(nb_directions * 4 * size, -1)
-    matmul(x.reshape(nb_rows, -1), flat[:, :nb_inputs].T, gates.reshape(nb_rows, -1))
+    # Towards all gates of both directions at once; recording by recording, since the rounding of a product depends on
+    # its size, so that each comes out as if it were alone.
+    inputs, outputs = weight.reshape(-1, nb_inputs + size)[:, :nb_inputs].T, gates.reshape(nb_rows, -1)
+    ends = np.cumsum([nb_frames * nb_samples for nb_frames, nb_samples in shapes])[:-1]
+    parts = zip(np.split(x.reshape(nb_rows, -1), ends), np.split(outputs, ends))
+    run([task for one, out in parts for task in products(one, inputs, out)])
     recurrent = [panels(w.reshape(4 * size, -1)[:, nb_inputs:].T) for w in weight]
     bias = bias.reshape(nb_directions, -1)
     gates, c, h = (array.reshape(nb_rows, nb_directions, -1) for array in (gates, c, h))

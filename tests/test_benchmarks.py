@@ -186,10 +186,11 @@ def test_every_graph_function_is_compared_on_a_gpu():
     compared = {
         what.partition(",")[0] for cases in (gpu_checks.of_network, gpu_checks.of_waveforms) for what in cases(sizes)
     }
-    own = {
-        name for name, value in vars(functions).items() if inspect.isfunction(value) and value.__module__ == "functions"
-    }
-    assert compared == {name for name in own if not name.startswith("_")}
+    own = {"negative_sdr", "weighted_sdr"}  # of losses.py
+    for name, value in vars(functions).items():
+        if inspect.isfunction(value) and value.__module__ == "functions" and not name.startswith("_"):
+            own |= {name} - {"check_pair"}
+    assert compared == own
 
 
 def test_the_largest_difference_is_found_also_where_there_is_no_number():
