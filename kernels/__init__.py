@@ -16,6 +16,7 @@ The rooms, each importing only those above it:
     shapes         what is checked of arguments
     threads        a small pool, and how work is cut
     compiler       how loops are compiled and cached; the types of their arguments; tanh
+    parts          steps whose parts several threads share
     blas           routines of SciPy's BLAS and LAPACK, without threads of their own
     products       products of matrices, large and small
     spectra        audio to spectrogram and back

@@ -66,7 +66,7 @@ def kernel(function: Callable) -> Callable:
                 if compiled is None:
                     compiled = _compile(function)
         try:
-            compiled(*arguments)
+            return compiled(*arguments)
         except (
             TypeError,
             OverflowError,

@@ -1,14 +1,22 @@
 """Stacked bidirectional LSTM, forward and backward pass."""
 
+import itertools
 from typing import Optional
 
 import numpy as np
 
 from kernels.compiler import IN, INT, INTS, OUT, SUMS, inline, kernel, tanh
+from kernels.parts import give, progress, shared, take
 from kernels.products import PANEL, panels, products, small_product
 from kernels.shapes import check
 from kernels.threads import get_threads, run, split
 from kernels.training import dropout
+
+# A core keeps about this much, in bytes, of what it reads in every frame. Larger recurrent weights of a direction are
+# cut into parts, each of some units with all their gates, one for each thread: where samples are few. With more of them
+# a product takes longer than to read the weights, and threads would only wait for each other.
+CACHE = 2**20
+FEW = 2
 
 
 @inline
@@ -18,89 +26,133 @@ def _quarters(row):
     return row[:size], row[size : 2 * size], row[2 * size : 3 * size], row[3 * size :]
 
 
+@inline
+def _own(row, begin, end):
+    """The gates of some units."""
+    i, f, g, o = _quarters(row)
+    return i[begin:end], f[begin:end], g[begin:end], o[begin:end]
+
+
+@inline
+def _units(part, units, size):
+    """(first, last) of a part."""
+    return part * units, min(size, (part + 1) * units)
+
+
 @kernel
 def _lstm_forward(
-    gates: OUT(3), bias: IN(2), panels: IN(3), c: OUT(3), h: OUT(3), samples: INTS, d: INT, first: INT, last: INT
-):
-    _, nb_directions, size = h.shape
-    rows = last - first
+    gates: OUT(3), bias: IN(2), panels: IN(4), c: OUT(3), h: OUT(3), samples: INTS, d: INT, first: INT, last: INT,
+    units: INT, states: OUT(3), progress: INTS, own: INT, most: INT,
+):  # fmt: skip
+    """Whether all frames are done; states: h after frames 1, 3, … and 0, 2, …, then c."""
+    size, rows = h.shape[2], last - first
     nb_steps = samples[first, 2] if rows > 0 else 0
-    z = np.zeros((rows, panels.shape[0] * PANEL), np.float32)
-    c_states, h_states = np.zeros((rows, size), np.float32), np.zeros((rows, size), np.float32)
-    places = np.zeros(rows, np.intp)
-    for step in range(nb_steps):
+    z = np.empty((rows, panels.shape[1] * PANEL), np.float32)
+    places = np.empty(rows, np.intp)
+    for _ in range(most):
+        step, part = take(progress, own, nb_steps)
+        if part < 0:
+            return step == nb_steps
+        begin_unit, end_unit = _units(part, units, size)
+        n = end_unit - begin_unit
         while samples[first + rows - 1, 2] <= step:  # who has no such frame: the longest come first
             rows -= 1
         for r in range(rows):
             begin, stride, nb_frames = samples[first + r, 0], samples[first + r, 1], samples[first + r, 2]
             places[r] = begin + stride * (nb_frames - 1 - step if d else step)
-            row, preset, b = gates[places[r], d], z[r], bias[d]
-            for j in range(len(row)):
-                preset[j] = row[j] + b[j]
+            z[r, 4 * n :] = 0
+            for k in range(4):
+                row, b = gates[places[r], d, k * size + begin_unit :], bias[d, k * size + begin_unit :]
+                preset = z[r, k * n : (k + 1) * n]
+                for j in range(len(preset)):
+                    preset[j] = row[j] + b[j]
         if step > 0:
-            small_product(h_states.ctypes.data, size, rows, panels, z)
+            back = step % 2 == 1
+            small_product(states[step % 2].ctypes.data, states.shape[2], rows, panels[part], z, back)
         for r in range(rows):
-            row, preset = gates[places[r], d], z[r]
-            for j in range(len(row)):  # sigmoid(x) = tanh(x / 2) / 2 + 1 / 2: one loop for all gates
-                is_g = 2 * size <= j < 3 * size
-                scale = np.float32(1) if is_g else np.float32(0.5)
-                row[j] = (np.float32(1) - scale) + scale * tanh(scale * preset[j])
-            i, f, g, o = _quarters(row)
-            c_now, h_now, c_kept, h_kept = c_states[r], h_states[r], c[places[r], d], h[places[r], d]
-            for j in range(size):
+            for k in range(4):  # sigmoid(x) = tanh(x / 2) / 2 + 1 / 2
+                row, preset = gates[places[r], d, k * size + begin_unit :], z[r, k * n : (k + 1) * n]
+                scale = np.float32(1 if k == 2 else 0.5)
+                for j in range(len(preset)):
+                    row[j] = (np.float32(1) - scale) + scale * tanh(scale * preset[j])
+            i, f, g, o = _own(gates[places[r], d], begin_unit, end_unit)
+            h_now, c_now = states[(step + 1) % 2, r, begin_unit:end_unit], states[2, r, begin_unit:end_unit]
+            for j in range(n):
                 c_now[j] = f[j] * c_now[j] + i[j] * g[j]
-            for j in range(size):
+            for j in range(n):
                 h_now[j] = o[j] * tanh(c_now[j])
-            for j in range(size):
+            c_kept, h_kept = c[places[r], d, begin_unit:end_unit], h[places[r], d, begin_unit:end_unit]
+            for j in range(n):
                 c_kept[j], h_kept[j] = c_now[j], h_now[j]
+        give(progress)
+    return False
 
 
 @kernel
 def _lstm_backward(
-    gates: OUT(4), panels: IN(3), c: IN(4), dy: IN(4), d: INT, first: INT, last: INT, sums: SUMS, part: INT
-):
+    gates: OUT(4), panels: IN(4), c: IN(4), dy: IN(4), d: INT, first: INT, last: INT, sums: SUMS,
+    group: INT, units: INT, dc_states: OUT(2), progress: INTS, own: INT, most: INT,
+):  # fmt: skip
+    """Whether all frames are done; sums[group] (4 · size): of the gates' gradients."""
     nb_frames, _, nb_directions, size = dy.shape
     rows = last - first
-    dbias = sums[part]
-    dbias[:] = 0
-    dh = np.zeros((rows, panels.shape[0] * PANEL), np.float32)
-    dc, zeros = np.zeros((rows, size), np.float32), np.zeros(size, np.float32)
-    one = np.float32(1)
-    for step in range(nb_frames):
+    dh = np.zeros((rows, panels.shape[1] * PANEL), np.float32)
+    zeros, one = np.zeros(size, np.float32), np.float32(1)
+    for _ in range(most):
+        step, part = take(progress, own, nb_frames)
+        if part < 0:
+            return step == nb_frames
+        begin_unit, end_unit = _units(part, units, size)
+        n = end_unit - begin_unit
         t = step if d else nb_frames - 1 - step
         before, after = (t + 1, t - 1) if d else (t - 1, t + 1)
         for r in range(rows):
-            source, target = dy[t, first + r, d], dh[r]
-            for j in range(size):
+            source, target = dy[t, first + r, d, begin_unit:end_unit], dh[r]
+            for j in range(n):
                 target[j] = source[j]
         if step > 0:
-            small_product(gates[after, first, d].ctypes.data, gates.strides[1] // 4, rows, panels, dh)
+            small_product(
+                gates[after, first, d].ctypes.data, gates.strides[1] // 4, rows, panels[part], dh, step % 2 == 1
+            )
         for r in range(rows):
-            n = first + r
-            c_before, c_now = c[before, n, d] if step < nb_frames - 1 else zeros, c[t, n, d]
-            row = gates[t, n, d]
-            i, f, g, o = _quarters(row)  # each becomes its gradient
-            dh_now, dc_now = dh[r, :size], dc[r]
-            for j in range(size):  # h = o tanh(c)
+            i, f, g, o = _own(gates[t, first + r, d], begin_unit, end_unit)  # each becomes its gradient
+            c_before = (c[before, first + r, d] if step < nb_frames - 1 else zeros)[begin_unit:end_unit]
+            c_now = c[t, first + r, d, begin_unit:end_unit]
+            dh_now, dc_now = dh[r, :n], dc_states[r, begin_unit:end_unit]
+            for j in range(n):  # h = o tanh(c)
                 tanh_c = tanh(c_now[j])
                 dc_now[j] += dh_now[j] * o[j] * (one - tanh_c * tanh_c)
                 o[j] = dh_now[j] * tanh_c * o[j] * (one - o[j])
-            for j in range(size):  # c = f c_before + i g
+            for j in range(n):  # c = f c_before + i g
                 di = dc_now[j] * g[j] * i[j] * (one - i[j])
                 g[j] = dc_now[j] * i[j] * (one - g[j] * g[j])
                 i[j] = di
-            for j in range(size):
+            for j in range(n):
                 dc_before = dc_now[j] * f[j]
                 f[j] = dc_before * c_before[j] * (one - f[j])
                 dc_now[j] = dc_before
-            for j in range(len(row)):
-                dbias[j] += row[j]
+            for k in range(4):
+                total, row = sums[group, k * size + begin_unit :], gates[t, first + r, d, k * size + begin_unit :]
+                for j in range(n):
+                    total[j] += row[j]
+        give(progress)
+    return False
 
 
-def _recurrences(nb_directions, nb_samples):
-    """(direction, first sample, last sample) of each task: samples do not depend on each other."""
-    samples = split(nb_samples, -(-get_threads() // nb_directions))
-    return [(d, *part) for part in samples for d in range(nb_directions)]
+def _cut(nb_directions, nb_samples, size, multiple):
+    """(units of each part, first and last sample of each group): samples do not depend on each other."""
+    nb_threads, needed = get_threads(), -(-16 * size * size // CACHE)
+    shares = needed > 1 and nb_samples <= FEW
+    nb_parts = min(nb_threads, max(needed, nb_threads // nb_directions)) if shares else 1
+    units = multiple * -(-size // (multiple * nb_parts))
+    return units, split(nb_samples, -(-nb_threads // (nb_directions * nb_parts)))
+
+
+def _parts(weight, units):
+    """Of weights (D, depth, …, size), per direction the panels of each part (parts, nb_panels, depth, PANEL)."""
+    nb_directions, size = len(weight), weight.shape[-1]
+    found = panels([w[..., u : u + units] for w in weight for u in range(0, size, units)])
+    return found.reshape(nb_directions, -1, *found.shape[1:])
 
 
 def _samples(shapes):
@@ -153,16 +205,16 @@ def lstm_layer(
     ends = np.cumsum([nb_frames * nb_samples for nb_frames, nb_samples in shapes])[:-1]
     parts = zip(np.split(x.reshape(nb_rows, -1), ends), np.split(outputs, ends))
     run([task for one, out in parts for task in products(one, inputs, out)])
-    recurrent = [panels(w.reshape(4 * size, -1)[:, nb_inputs:].T) for w in weight]
     bias = bias.reshape(nb_directions, -1)
     gates, c, h = (array.reshape(nb_rows, nb_directions, -1) for array in (gates, c, h))
     samples = _samples(shapes)
-    run(
-        [
-            (_lstm_forward, gates, bias, recurrent[d], c, h, samples, d, *part)
-            for d, *part in _recurrences(nb_directions, len(samples))
-        ]
-    )
+    units, groups = _cut(nb_directions, len(samples), size, PANEL // 4)
+    recurrent = _parts(weight[:, :, :, nb_inputs:].transpose(0, 3, 1, 2), units)
+    jobs = []
+    for (d, w), (first, last) in itertools.product(enumerate(recurrent), groups):
+        states, done = np.zeros((3, last - first, w.shape[2]), np.float32), progress(len(w))
+        jobs.append((gates, bias, w, c, h, samples, d, first, last, units, states, done))
+    run(shared(_lstm_forward, jobs, recurrent.shape[1]))
 
 
 def lstm_layer_backward(
@@ -198,10 +250,14 @@ def lstm_layer_backward(
     )
     nb_directions, size, nb_inputs = weight.shape[0], weight.shape[2], x.shape[2]
     nb_samples, nb_rows = x.shape[1], x.shape[0] * x.shape[1]
-    recurrent = [panels(w.reshape(4 * size, -1)[:, nb_inputs:]) for w in weight]
-    recurrences = _recurrences(nb_directions, nb_samples)
-    sums = np.empty((len(recurrences), 4 * size))  # of the gates' gradients, over frames and a task's samples
-    run([(_lstm_backward, gates, recurrent[d], c, dy, d, *part, sums, i) for i, (d, *part) in enumerate(recurrences)])
+    units, groups = _cut(nb_directions, nb_samples, size, PANEL)
+    recurrent = _parts(weight.reshape(nb_directions, 4 * size, -1)[:, :, nb_inputs:], units)
+    sums = np.zeros((nb_directions, len(groups), 4 * size))  # of the gates' gradients, over a group's frames
+    jobs = []
+    for (d, w), (k, (first, last)) in itertools.product(enumerate(recurrent), enumerate(groups)):
+        dc, done = np.zeros((last - first, size), np.float32), progress(len(w))
+        jobs.append((gates, w, c, dy, d, first, last, sums[d], k, units, dc, done))
+    run(shared(_lstm_backward, jobs, recurrent.shape[1]))
 
     flat, x, d_gates = weight.reshape(nb_directions * 4 * size, -1), x.reshape(nb_rows, -1), gates.reshape(nb_rows, -1)
     tasks = []
@@ -222,8 +278,7 @@ def lstm_layer_backward(
             elif not accumulate[1]:
                 d_flat[own, nb_inputs:] = 0
     run(tasks)
-    # tasks alternate between the directions
-    return sums.reshape(-1, nb_directions, 4, size).sum(0).astype(np.float32)
+    return sums.sum(1).reshape(nb_directions, 4, size).astype(np.float32)
 
 
 class Lstm:

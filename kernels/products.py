@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import math
 
 import numpy as np
 from llvmlite import binding, ir
@@ -67,15 +68,19 @@ def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool = Fal
 # A product for the LSTM: few rows (the batch), and the same weights in every frame. sgemm rearranges the
 # weights on each call, which takes longer than to multiply; here they are rearranged once, into panels of
 # two vectors' width, each panel (depth, PANEL) contiguous. A tile of up to 8 rows by one panel is kept in
-# registers over the whole depth: per step two loads of weights and, for each row, one number of `a`.
+# registers over the depth: per step two loads of weights and, for each row, one number of `a`. An addition waits
+# for the one before it, so SUMS sums take turns over the depth: with few rows all at once, with more one after the
+# other, so that a row's rounding does not depend on how many there are.
 LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
 PANEL = 2 * LANES
+SUMS = 4  # the depth is filled up to a multiple of it
 DEPTH = 256  # a panel of this depth fits in the first-level cache, to be used by all tiles
 
 
 def _tile(rows):
     """c (rows, PANEL) += a (rows, depth) @ panel (depth, PANEL), from addresses and row lengths."""
     vector, single, int32, int64 = ir.VectorType(ir.FloatType(), LANES), ir.FloatType(), ir.IntType(32), ir.IntType(64)
+    at_once = max(1, SUMS // rows)
     undefined = ir.Constant(vector, ir.Undefined)
     to_all_lanes = ir.Constant(ir.VectorType(int32, LANES), [0] * LANES)
 
@@ -98,33 +103,42 @@ def _tile(rows):
             for r in range(rows)
         ]
         a_at = [pointer(address(a, builder.mul(a_row, int64(r))), single) for r in range(rows)]
-        first = [[builder.load(p, align=4) for p in row] for row in c_at]
-        entry = builder.block
-        loop, done = builder.append_basic_block("depth"), builder.append_basic_block("done")
-        builder.branch(loop)
+        zero = ir.Constant(vector, [0.0] * LANES)
+        sums = {(0, r, v): builder.load(c_at[r][v], align=4) for r, v in itertools.product(range(rows), range(2))}
+        for begin in range(0, SUMS, at_once):
+            places = list(itertools.product(range(begin, begin + at_once), range(rows), range(2)))
+            entry = builder.block
+            loop, done = builder.append_basic_block("depth"), builder.append_basic_block("done")
+            builder.branch(loop)
 
-        builder.position_at_end(loop)
-        k = builder.phi(int64)
-        total = [[builder.phi(vector) for _ in range(2)] for _ in range(rows)]
-        weights = address(panel, builder.mul(k, int64(PANEL)))
-        w = [builder.load(pointer(address(weights, int64(LANES * v)), vector), align=4) for v in range(2)]
-        sums = []
-        for r in range(rows):
-            number = builder.load(builder.gep(a_at[r], [k]))
-            number = builder.insert_element(undefined, number, int32(0))
-            number = builder.shuffle_vector(number, undefined, to_all_lanes)
-            sums.append([builder.call(fma, [number, w[v], total[r][v]]) for v in range(2)])
-        following = builder.add(k, int64(1))
-        builder.cbranch(builder.icmp_signed("<", following, depth), loop, done)
-        k.add_incoming(int64(0), entry)
-        k.add_incoming(following, loop)
-        for r, v in itertools.product(range(rows), range(2)):
-            total[r][v].add_incoming(first[r][v], entry)
-            total[r][v].add_incoming(sums[r][v], loop)
+            builder.position_at_end(loop)
+            k = builder.phi(int64)
+            before = {place: builder.phi(vector) for place in places}
+            for place in places:
+                before[place].add_incoming(sums.get(place, zero), entry)
+            for number in range(begin, begin + at_once):
+                row = builder.add(k, int64(number))
+                weights = address(panel, builder.mul(row, int64(PANEL)))
+                w = [builder.load(pointer(address(weights, int64(LANES * v)), vector), align=4) for v in range(2)]
+                for r in range(rows):
+                    one = builder.load(builder.gep(a_at[r], [row]))
+                    one = builder.insert_element(undefined, one, int32(0))
+                    one = builder.shuffle_vector(one, undefined, to_all_lanes)
+                    for v in range(2):
+                        sums[number, r, v] = builder.call(fma, [one, w[v], before[number, r, v]])
+            following = builder.add(k, int64(SUMS))
+            builder.cbranch(builder.icmp_signed("<", following, depth), loop, done)
+            k.add_incoming(int64(0), entry)
+            k.add_incoming(following, loop)
+            for place in places:
+                before[place].add_incoming(sums[place], loop)
+            builder.position_at_end(done)
 
-        builder.position_at_end(done)
         for r, v in itertools.product(range(rows), range(2)):
-            builder.store(sums[r][v], c_at[r][v], align=4)
+            whole = [sums[number, r, v] for number in range(SUMS)]
+            while len(whole) > 1:
+                whole = [builder.fadd(*pair) for pair in zip(whole[::2], whole[1::2])]
+            builder.store(whole[0], c_at[r][v], align=4)
         return context.get_dummy_value()
 
     @intrinsic
@@ -137,20 +151,42 @@ def _tile(rows):
 _tile8, _tile4, _tile2, _tile1 = _tile(8), _tile(4), _tile(2), _tile(1)
 
 
-def panels(matrix: np.ndarray) -> np.ndarray:
-    """Weights (depth, columns) as panels (ceil(columns / PANEL), depth, PANEL), filled up with zeros."""
+def panels(matrices: list[np.ndarray]) -> np.ndarray:
+    """Weights, each (depth, columns) or with several axes for columns, as panels (len, nb_panels, depth, PANEL).
+
+    Filled up with zeros: the depth to a multiple of SUMS, the columns to as many panels as the widest needs.
+    """
+    depth, columns = len(matrices[0]), max(matrix[0].size for matrix in matrices)
+    shape = len(matrices), -(-columns // PANEL), -(-depth // SUMS) * SUMS, PANEL
+    memory = np.empty(math.prod(shape) + LANES, np.float32)
+    start = -memory.ctypes.data // 4 % LANES  # no vector lies in two lines of the cache
+    out = memory[start : start + math.prod(shape)].reshape(shape)
+    run([(_pack, *pair) for pair in zip(matrices, out)])
+    return out
+
+
+def _pack(matrix, out):
+    matrix = matrix.reshape(len(matrix), -1)
     depth, columns = matrix.shape
-    padded = np.zeros((depth, -(-columns // PANEL) * PANEL), np.float32)
-    padded[:, :columns] = matrix
-    return np.ascontiguousarray(padded.reshape(depth, -1, PANEL).transpose(1, 0, 2))
+    whole = columns // PANEL
+    out[:, depth:] = 0
+    out[whole:] = 0
+    out[:whole, :depth] = matrix[:, : whole * PANEL].reshape(depth, whole, PANEL).transpose(1, 0, 2)
+    if columns % PANEL:
+        out[whole, :depth, : columns % PANEL] = matrix[:, whole * PANEL :]
 
 
 @inline
-def small_product(a, a_row, rows, panels, c):
-    """c (rows, panels · PANEL) += a @ weights; a: address of its first number, a_row: from row to row."""
+def small_product(a, a_row, rows, panels, c, back):
+    """c (rows, panels · PANEL) += a @ weights; a: address of its first number, a_row: from row to row.
+
+    What exceeds a cache is read anew each time, if always from the start: walked to and fro, the panels that come first
+    are those that came last before.
+    """
     nb_panels, depth, _ = panels.shape
     weights, out, c_row = panels.ctypes.data, c.ctypes.data, c.shape[1]
-    for p in range(nb_panels):
+    for number in range(nb_panels):
+        p = nb_panels - 1 - number if back else number
         for k in range(0, depth, DEPTH):
             panel = weights + 4 * PANEL * (p * depth + k)
             n = min(DEPTH, depth - k)
