@@ -30,7 +30,7 @@ mpi:
 	  else echo "mpirun is missing, its tests are skipped (sudo apt-get install openmpi-bin)"; fi; }
 
 # NNabla has wheels for Python 3.8 to 3.10, NumPy 1.26 for 3.9 and later.
-.venv/installed: requirements.txt requirements-mpi.txt requirements-dev.txt
+.venv/installed: $(wildcard requirements*.txt)
 	@if [ ! -x $(PYTHON) ]; then \
 	  for python in python3.10 python3.9 python python3; do \
 	    if $$python -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 9), (3, 10)))' 2>/dev/null; then \

@@ -380,6 +380,19 @@ def weights_parser() -> Parser:
     return parser
 
 
+def export_parser() -> Parser:
+    parser = Parser(prog="export.py", description="Write a trained model for other software: ONNX, or NNabla's NNP.")
+    parser.add_argument("model", help="umx, umxhq, umxl, umxse; a folder of a model; a file of weights")
+    parser.add_argument("out", help="file to write, .onnx or .nnp")
+    targets = parser.add_mutually_exclusive_group()
+    targets.add_argument("--target", help="the only one to estimate")
+    targets.add_argument("--targets", nargs="+", help="default: all that the model has")
+    parser.add_argument("--model-dir", help="folder of the files of a named model, for machines without network")
+    parser.add_argument("--frames", type=number(int, 1, upper=10**5), default=256, help="of an .nnp, which are fixed")
+    add_network_options(parser)
+    return parser
+
+
 def demo_parser() -> Parser:
     parser = Parser(prog="demo.py", description="Write a page to look at and listen to what a model has learnt.")
     parser.add_argument("--songs", default="demo/songs", help="folder in MUSDB18-HQ's layout; those in test/ are used")

@@ -20,6 +20,7 @@ import kernels.products
 import kernels.spectra
 import kernels.threads
 import kernels.training
+from utils import UsageError
 
 BN_EPS = 1e-5
 BN_DECAY = 0.9
@@ -71,6 +72,8 @@ class _Function(PythonFunction):
     backward_impl surfaces as a SystemError; so arguments are checked before, where they arrive.
     """
 
+    is_set_up = False
+
     @property
     def name(self) -> str:
         return type(self).__name__
@@ -81,8 +84,18 @@ class _Function(PythonFunction):
     def output_shape(self, *input_shapes: tuple) -> tuple:
         return input_shapes[0]
 
+    def output_shapes(self, *input_shapes: tuple) -> list[tuple]:
+        return [self.output_shape(*input_shapes)]
+
     def setup_impl(self, inputs: Variables, outputs: Variables) -> None:
-        outputs[0].reset_shape(self.output_shape(*[v.shape for v in inputs]), True)
+        if self.is_set_up:  # a second time only by nnabla.utils.save, whose file nothing could load
+            raise UsageError(
+                "a graph of our fast functions cannot be saved, as NNabla could not load it: "
+                "build it in their plain form, after context.set_plain(True)"
+            )
+        self.is_set_up = True
+        for output, shape in zip(outputs, self.output_shapes(*[v.shape for v in inputs])):
+            output.reset_shape(shape, True)
 
     def grad_depends_output_data(self, i: int, o: int) -> bool:
         return False
@@ -127,9 +140,8 @@ class Waveforms(_Function):
     def min_outputs(self) -> int:
         return self.nb_targets
 
-    def setup_impl(self, inputs: Variables, outputs: Variables) -> None:
-        for output in outputs:
-            output.reset_shape(inputs[0].shape, True)
+    def output_shapes(self, x: tuple, *magnitudes: tuple) -> list[tuple]:
+        return [x for _ in magnitudes]
 
     def forward_impl(self, inputs: Variables, outputs: Variables) -> None:
         x, *magnitudes = (_read(v) for v in inputs)
@@ -252,10 +264,9 @@ class Lstm(_Function):
     def min_outputs(self) -> int:
         return self.nb_recordings
 
-    def setup_impl(self, inputs: Variables, outputs: Variables) -> None:
-        nb_directions, _, size, _ = inputs[self.nb_recordings].shape
-        for x, y in zip(inputs, outputs):
-            y.reset_shape((*x.shape[:2], nb_directions * size), True)
+    def output_shapes(self, *shapes: tuple) -> list[tuple]:
+        nb_directions, _, size, _ = shapes[self.nb_recordings]
+        return [(*x[:2], nb_directions * size) for x in shapes[: self.nb_recordings]]
 
     def _arrays(self, inputs):
         """Of all recordings x, the weights and the biases."""

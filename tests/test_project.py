@@ -21,7 +21,7 @@ LEVELS = (
     {"trained"},
     {"checkpoint", "ensemble"},
     {"outputs", "separator"},
-    {"train", "separate"},
+    {"train", "separate", "export"},
     {"scorer"},
     {"evaluate", "demo"},
 )
