@@ -332,7 +332,14 @@ def separate_parser() -> Parser:
     parser.add_argument("--ext", choices=("wav", "flac"), default="wav", help="file format of the stems")
     parser.add_argument("--subtype", choices=("16", "24", "float"), help="default: float for wav, 24 for flac")
     parser.add_argument(
+        "--sum-to-mixture", action="store_true", help="spread what they leave of the recording over the stems"
+    )
+    parser.add_argument(
         "--cores", type=POSITIVE, default=1, help="recordings at a time, a process each; they share --threads"
+    )
+    parser.add_argument("--karaoke", action="store_true", help="short for --targets vocals --residual accompaniment")
+    parser.add_argument(
+        "--stream", action="store_true", help="raw float32 samples on standard input to those of one stem, as they come"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_separation_options(parser)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 import audio
 import files
 import utils
+from args import TARGETS
 from audio import RawAudio
 from utils import UsageError
 
@@ -27,6 +28,7 @@ class Separating(Protocol):
     sources: list
     targets: list
     softmask: bool
+    residual: bool
     sample_rate: float
 
     def stream(
@@ -43,6 +45,7 @@ def write_stems(
     aggregate: dict[str, list[str]] | None = None,
     ext: str = "wav",
     subtype: str | None = None,
+    sum_to_mixture: bool = False,
     quiet: bool = True,
 ) -> float:
     """Write the stems of a recording to <outdir>/<stem>.<ext>, at its own rate and of its length.
@@ -53,6 +56,9 @@ def write_stems(
     Args:
         aggregate: {name: stems that are added to make it}; None: the separator's stems
         subtype: "16", "24" or "float"; None: float for wav, 24 for flac
+        sum_to_mixture: what the stems leave of the recording is spread over them, in proportion to their energies, so
+            that what is written adds up: integers to the recording's, rounded; floats in a sum that is exact to it,
+            but for rounding one of them. See `check_sum`.
     Returns:
         the factor that the stems are scaled with
     Raises:
@@ -67,17 +73,20 @@ def write_stems(
     try:
         with files.temporary_folder(outdir) as folder:
             stems = _raw_stems(separator, path, folder, start, duration, aggregate, ext.upper(), subtype, quiet)
+            names, mixture = list(aggregate), None
+            if sum_to_mixture:
+                mixture, _, _ = audio.decode(path, stems[0].rate, folder, start, duration)
+                names, stems = _completed(names, stems, mixture, folder)
             peak = max(stem.peak for stem in stems)
             if not peak < np.inf:
                 raise UsageError(f"the stems of {path} are not finite: the model, or its options, do not suit it")
             factor = 0.999 / peak if peak > 0.999 and subtype != "FLOAT" else 1.0
             with utils.postponed() as is_ending:  # either all stems get their names or none does
                 with contextlib.ExitStack() as renamed_together:
-                    for name, stem in zip(aggregate, stems):
+                    for name, stem, blocks in zip(names, stems, _blocks(stems, mixture, factor, subtype)):
                         temporary = renamed_together.enter_context(files.atomic_path(outdir / f"{name}.{ext}"))
                         shape = stem.nb_channels, stem.nb_timesteps
-                        blocks = _blocks(stem, factor, is_ending)
-                        audio.write(temporary, blocks, shape, stem.rate, ext.upper(), subtype)
+                        audio.write(temporary, _until(is_ending, blocks), shape, stem.rate, ext.upper(), subtype)
                         stem.close()
                 if is_ending():
                     raise KeyboardInterrupt
@@ -103,11 +112,56 @@ def _raw_stems(separator, path, folder, start, duration, aggregate, form, subtyp
     return [stem.resampled(rate, nb_timesteps) for stem in stems] if rate != recording.rate else stems
 
 
-def _blocks(stem, factor, is_ending):
+def _completed(names, stems, mixture, folder):
+    """Names and stems, the loudest first, with what these leave of the mixture: new RawAudio in `folder`.
+
+    Each has a share of it in proportion to its energy, so that silence stays silence; if all are silent, they share
+    alike.
+    """
+    energies = [sum(float(np.sum(block.astype(np.float64) ** 2)) for block in stem.blocks()) for stem in stems]
+    energies = np.array(energies) if any(energies) else np.ones(len(stems))
+    order = np.argsort(-energies, kind="stable")
+    shares = energies[order] / energies.sum()
+    names, stems = [names[k] for k in order], [stems[k] for k in order]
+    completed = [RawAudio(folder / f"completed{k}", stem.rate, stem.nb_channels) for k, stem in enumerate(stems)]
+    for block, *parts in zip(mixture.blocks(), *(stem.blocks() for stem in stems)):
+        rest = block.astype(np.float64) - sum(part.astype(np.float64) for part in parts)
+        for stem, part, share in zip(completed, parts, shares):
+            stem.append((part + share * rest).astype(np.float32))
+    for stem in stems:
+        stem.close()
+    return names, completed
+
+
+def _blocks(stems, mixture, factor, subtype):
+    """Of each stem, blocks as a file is to hold them; with a mixture, the first is what the others leave."""
+    if mixture is None:
+        return [_scaled(stem, factor) for stem in stems]
+    others = stems[1:]
+    return [_rounded(mixture, others, factor, subtype), *(_rounded(stem, [], factor, subtype) for stem in others)]
+
+
+def _scaled(stem, factor):
     for block in stem.blocks():
+        yield block * np.float32(factor) if factor < 1 else block
+
+
+def _rounded(sound, others, factor, subtype):
+    """A sound less others, each rounded before: floats, or the upper of 32 bits, which libsndfile takes as they are."""
+    bits = {"PCM_16": 16, "PCM_24": 24}.get(subtype)
+    for block, *parts in zip(sound.blocks(), *(other.blocks() for other in others)):
+        if bits is None:
+            yield (block.astype(np.float64) - sum(part.astype(np.float64) for part in parts)).astype(np.float32)
+        else:
+            whole, *parts = (np.rint(b * (factor * 2.0 ** (bits - 1))).astype(np.int64) for b in (block, *parts))
+            yield ((whole - sum(parts)) << (32 - bits)).astype(np.int32)
+
+
+def _until(is_ending, blocks):
+    for block in blocks:
         if is_ending():
             raise KeyboardInterrupt
-        yield block * np.float32(factor) if factor < 1 else block
+        yield block
 
 
 def checked_subtype(ext: str, subtype: str | None) -> str:
@@ -143,6 +197,22 @@ def checked_aggregate(separator: Separating, text: str | None) -> dict[str, list
         example = json.dumps({"accompaniment": sources[1:]})
         raise UsageError(f"--aggregate {text}: expected stems ({', '.join(sources)}) by name, as {example}")
     return aggregate
+
+
+def check_sum(separator: Separating, aggregate: dict[str, list[str]] | None) -> None:
+    """UsageError unless the stems, or their sums in `aggregate`, are meant to be all of the mixture, each of it once.
+
+    They are if there is a residual; or several targets that are not only some of vocals, drums, bass and other.
+    """
+    written = [name for names in (aggregate or {}).values() for name in names] or separator.sources
+    if sorted(written) != sorted(separator.sources):
+        raise UsageError(f"--sum-to-mixture: --aggregate does not have each of {', '.join(separator.sources)} once")
+    targets = set(separator.targets)
+    if not separator.residual and (len(targets) == 1 or targets < set(TARGETS)):
+        names = ", ".join(separator.targets)
+        raise UsageError(
+            f"--sum-to-mixture: {names} are not all of the mixture, add the rest as a stem, --residual rest"
+        )
 
 
 def check_places(songs: Sequence[tuple[Path, Path]], stems: Iterable[str], ext: str) -> None:

@@ -21,6 +21,7 @@ LEVELS = (
     {"trained"},
     {"checkpoint", "ensemble"},
     {"outputs", "separator"},
+    {"streaming"},
     {"train", "separate", "export"},
     {"scorer"},
     {"evaluate", "demo"},

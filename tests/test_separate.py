@@ -915,6 +915,9 @@ ELSEWHERE = {
     "device_id": "cannot be tested without a GPU: it names one of several",
     "threads": "test_threads",
     "quiet": "test_quiet",
+    "sum_to_mixture": "tests/test_stems.py",
+    "karaoke": "tests/test_stems.py",
+    "stream": "tests/test_streaming.py",
 }
 
 
