@@ -20,6 +20,7 @@ PAIR += ("--aggregate", json.dumps({SEEDED: [SEEDED], "accompaniment": ["residua
 
 FULL = {
     "songs": {"train": 8, "valid": 2, "test": 4, "duration": 40},
+    "long songs": {"train": 0, "valid": 0, "test": 2, "duration": 240},
     "recipe": {"seq_dur": 3.0, "batch_size": 8, "samples_per_track": 50},
     "epochs": 6,
     "seeds": 3,
@@ -27,6 +28,7 @@ FULL = {
 }
 QUICK = {
     "songs": {"train": 3, "valid": 1, "test": 2, "duration": 8},
+    "long songs": {"train": 0, "valid": 0, "test": 2, "duration": 12},
     "recipe": {"seq_dur": 1.0, "batch_size": 4, "samples_per_track": 8},
     "epochs": 2,
     "seeds": 2,
@@ -44,11 +46,12 @@ class Runs:
     """
 
     def __init__(self, folder, sizes, threads, reference):
-        self.folder, self.songs, self.sizes = folder, folder / "songs", sizes
+        self.folder, self.sizes = folder, sizes
         self.threads, self.reference = threads, reference
         shutil.rmtree(folder, ignore_errors=True)
-        lengths = [word for name, value in sizes["songs"].items() for word in (f"--{name}", value)]
-        execute([sys.executable, ROOT / "synthesize.py", self.songs, *lengths, "--quiet"])
+        for songs in ("songs", "long songs"):
+            lengths = [word for name, value in sizes[songs].items() for word in (f"--{name}", value)]
+            execute([sys.executable, ROOT / "synthesize.py", folder / songs, *lengths, "--quiet"])
 
     def train(self, side, name, target, **options):
         """One training, from untrained weights unless `initial` is given, without dropout unless it is given."""
@@ -60,7 +63,7 @@ class Runs:
             side,
             self.reference,
             work="train",
-            songs=str(self.songs),
+            songs=str(self.folder / "songs"),
             output=str(self.folder / name / side),
             target=target,
             threads=self.threads,
@@ -76,12 +79,21 @@ class Runs:
             sys.exit(f"{name}, {target}: the sides trained with different excerpts")
         return reports
 
-    def evaluate(self, side, model, label, *options):
+    def evaluate(self, side, model, label, *options, songs="songs"):
         """A side's evaluation of the models in folder/`model`; the scores go to folder/scores/`label`."""
         print(f"evaluate {model}: {side}", file=sys.stderr, flush=True)
         evaldir = self.folder / "scores" / label
         shutil.rmtree(evaldir, ignore_errors=True)
-        arguments = ["--root", self.songs, "--is-wav", "--cores", CORES, "--model", self.folder / model, *options]
+        arguments = [
+            "--root",
+            self.folder / songs,
+            "--is-wav",
+            "--cores",
+            CORES,
+            "--model",
+            self.folder / model,
+            *options,
+        ]
         environment = None
         if side == "ours":  # openunmix' command has no window: it filters whole songs
             arguments += ["--wiener-win-len", 0, "--threads", self.threads, "--context", "cpu", "--quiet"]
@@ -89,7 +101,7 @@ class Runs:
             environment = {"OMP_NUM_THREADS": str(max(1, self.threads // CORES))}
         arguments = [str(word) for word in [*arguments, "--evaldir", evaldir]]
         report = run(side, self.reference, environment, work="evaluate", arguments=arguments)
-        minutes = self.sizes["songs"]["test"] * self.sizes["songs"]["duration"] / 60
+        minutes = self.sizes[songs]["test"] * self.sizes[songs]["duration"] / 60
         return {**report["result"], "whole command": report["seconds"] / minutes, "peak": report["peak"]}
 
 
@@ -117,7 +129,8 @@ def measure(runs):
     for number in range(runs.sizes["rounds"]):
         for side in SIDES[:: -1 if number % 2 else 1]:
             speed[side].append(runs.evaluate(side, "same/torch", side))
-    return {"scratch": scratch, "same": same, "seeds": seeds, "speed": speed}
+    long = {side: [runs.evaluate(side, "same/torch", f"long/{side}", songs="long songs")] for side in SIDES}
+    return {"scratch": scratch, "same": same, "seeds": seeds, "speed": speed, "long": long}
 
 
 # --------------------------------------------------------------------------------------------- main

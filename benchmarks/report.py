@@ -164,11 +164,20 @@ def versions_table(ours, torch, heading="ours"):
 
 def origin():
     """Command, date and commit, for the first line of a report."""
-    git, commit = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"], ""
-    with contextlib.suppress(OSError):  # there may be no git
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    commit = _git("describe", "--always", "--exclude", "*")
+    if _git(
+        "status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs"
+    ):  # pages are written one after another
+        commit += "-dirty"
     return {
         "command": shlex.join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit or "unknown",
     }
+
+
+def _git(*arguments):
+    """What git prints, in a line; nothing where there is no git, or no repository."""
+    with contextlib.suppress(OSError):
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
+    return ""
