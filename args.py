@@ -353,9 +353,7 @@ def evaluate_parser() -> Parser:
         "--evaldir", help="folder of the scores, where the same command continues; default: evaluation/<model>"
     )
     parser.add_argument("--outdir", help="stems go to OUTDIR/<subset>/<track>/; default: they are not kept")
-    parser.add_argument(
-        "--cores", type=POSITIVE, default=1, help="tracks at a time, a process each; they share --threads"
-    )
+    parser.add_argument("--cores", type=POSITIVE, default=1, help="processes, which share the tracks and --threads")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument(
         "--compare",

@@ -8,6 +8,7 @@ from __future__ import annotations  # unions, on Python 3.9
 
 import datetime
 import hashlib
+import itertools
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -37,6 +38,10 @@ from utils import UsageError
 
 if TYPE_CHECKING:
     import musdb  # needs ffmpeg, so it is imported where it is used
+
+# Songs that go through the networks together, so that weights are read once for all of them: four take 0.7 to 0.86 of
+# the time that they take alone. More gain little, and have more memory, and more to lose.
+TOGETHER = 4
 
 # ------------------------------------------------------------------------------------------ all tracks
 
@@ -188,9 +193,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         cores = max(1, min(cores, len(todo)))
         if cores > 1:
             begin = partial(set_up, loading={**loading, "quiet": True}, plain=args.plain, **options)
-            results = pool.results(todo, begin, not_scored, cores, args.threads)
+            results = pool.results(todo, begin, not_scored, cores, args.threads, TOGETHER)
         else:
-            results = map(scorer, todo)
+            groups = (todo[k : k + TOGETHER] for k in range(0, len(todo), TOGETHER))
+            results = itertools.chain.from_iterable(map(scorer, groups))
         try:
             results = list(tqdm(results, "Separating and scoring", len(todo), disable=args.quiet, unit="track"))
         except KeyboardInterrupt:

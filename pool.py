@@ -1,7 +1,7 @@
-"""One engine for many songs: a song per process, several at a time, on this machine or, under mpirun, on several.
+"""One engine for many songs, in several processes at a time, on this machine or, under mpirun, on several.
 
-Each process is spawned, and works at one song after the other. If it dies, its song is done again, once, by another
-one, and fewer are worked at at a time: memory is what it most often dies of. Under ``mpirun -n N``, each of the N
+Each process is spawned, and works at one group of songs after the other. If it dies, each of its songs is done again,
+once and alone, and by fewer processes: memory is what they most often die of. Under ``mpirun -n N``, each of the N
 ranks has such a process, and does nothing but to pass songs on to it, so that ranks survive whatever a song brings.
 
 Only of Python's own library, and what needs little else: a script imports this first, see `start`.
@@ -37,7 +37,7 @@ DIED = "its process died, of too little memory?"
 
 # ------------------------------------------------------------------------------------------- mpirun
 
-_ranks = []  # of the first rank: executors, each of which hands one song at a time to one of the others
+_ranks = []  # of the first rank: executors, each of which hands one group of songs at a time to one of the others
 _node = None  # of each rank: how many of them share this machine, and how many cores they have
 
 
@@ -95,7 +95,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 class _Process:
-    """A place for one song at a time: a process, spawned when it is needed, and again after it has died.
+    """A place for one group of songs at a time: a process, spawned when it is needed, and again after it has died.
 
     Spawned, not forked: a fork would copy NNabla's state and our pool, but not their threads.
 
@@ -106,8 +106,8 @@ class _Process:
     def __init__(self, among: int, cores: int):
         self.among, self.cores, self.executor = among, cores, None
 
-    def submit(self, begin: bytes, song: bytes, threads: int | None) -> Future:
-        """The future result, as bytes too. Its exception is BrokenProcessPool if the process has died.
+    def submit(self, begin: bytes, songs: bytes, threads: int | None) -> Future:
+        """The future results, as bytes too. Its exception is BrokenProcessPool if the process has died.
 
         Args:
             threads: of all processes of this machine; None: one per core
@@ -116,9 +116,9 @@ class _Process:
         with _inherited(threads):
             with contextlib.suppress(BrokenProcessPool):
                 if self.executor:
-                    return self.executor.submit(_work, begin, song, threads)
+                    return self.executor.submit(_work, begin, songs, threads)
             self.executor = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _live_with_parent)
-            return self.executor.submit(_work, begin, song, threads)
+            return self.executor.submit(_work, begin, songs, threads)
 
     def close(self) -> None:
         if self.executor:
@@ -131,8 +131,8 @@ class _Rank:
     def __init__(self, executor):
         self.executor = executor
 
-    def submit(self, begin: bytes, song: bytes, threads: int | None) -> Future:
-        return self.executor.submit(_in_rank, begin, song, threads)
+    def submit(self, begin: bytes, songs: bytes, threads: int | None) -> Future:
+        return self.executor.submit(_in_rank, begin, songs, threads)
 
     def close(self) -> None:
         """It stays, until the rank ends."""
@@ -179,10 +179,10 @@ def _begun(begin, threads):
         return pickle.loads(begin)(threads=threads)
 
 
-def _work(begin, song, threads):
+def _work(begin, songs, threads):
     try:
         with utils.interruptible():  # files are to be whole, and nothing left
-            return pickle.dumps(_begun(begin, threads)(pickle.loads(song)))
+            return pickle.dumps(list(_begun(begin, threads)(pickle.loads(songs))))
     except BaseException as error:
         if utils.is_ending():
             os._exit(128 + signal.SIGTERM)
@@ -194,51 +194,56 @@ def _work(begin, song, threads):
 
 
 def places(cores: int) -> int:
-    """How many songs are worked at at a time: `cores`, or mpirun's number of ranks."""
+    """How many processes work at songs: `cores`, or mpirun's number of ranks."""
     if _ranks and cores > 1:
-        raise UsageError("under mpirun, its -n tells how many songs are worked at at a time: leave --cores out")
+        raise UsageError("under mpirun, its -n tells how many processes work at songs: leave --cores out")
     return 1 + len(_ranks) if _ranks else cores
 
 
 def results(
     songs: Iterable[Any],
-    begin: Callable[..., Callable[[Any], Any]],
+    begin: Callable[..., Callable[[list], Iterable[Any]]],
     failed: Callable[[Any, str], Any],
     cores: int,
     threads: int | None,
+    together: int = 1,
 ) -> Iterator[Any]:
     """Results of songs, as they come. Songs, results and `begin` are pickled.
 
     Args:
-        begin: called once in each process, as begin(threads=…); what it returns is called with songs, and gives results
+        begin: called once in each process, as begin(threads=…); what it returns gives results of a list of songs
         failed: function of a song and a line; gives the result of one whose processes died, or could not begin
         cores: number of processes; under mpirun, there is one per rank
         threads: of all processes of a machine, which share them; None: one per core
+        together: songs of a list at most; they become fewer, so that all processes end at about the same time
     """
     node = _node or (cores, kernels.threads.get_threads())
     idle = [_Rank(executor) for executor in _ranks] + [_Process(*node) for _ in range(1 if _ranks else cores)]
     all_places, at_work, begin = list(idle), {}, pickle.dumps(begin)
-    todo = collections.deque((song, True) for song in songs)  # and whether for the first time
+    todo, again = collections.deque(songs), collections.deque()  # and those whose process has died
     try:
-        while todo or at_work:
-            while todo and idle:
-                place, (song, is_first) = idle.pop(), todo.popleft()
-                at_work[place.submit(begin, pickle.dumps(song), threads)] = place, song, is_first
+        while todo or again or at_work:
+            while (todo or again) and idle:
+                place, is_first = idle.pop(), bool(todo)
+                size = max(1, min(together, -(-len(todo) // len(all_places))))  # alone, if again
+                group = [(todo or again).popleft() for _ in range(size)]
+                at_work[place.submit(begin, pickle.dumps(group), threads)] = place, group, is_first
             for future in wait(at_work, return_when=FIRST_COMPLETED).done:
-                place, song, is_first = at_work.pop(future)
+                place, group, is_first = at_work.pop(future)
                 error = future.exception()
                 if error is None or not (idle or at_work):
                     idle.append(place)
                 if error is None:
-                    yield pickle.loads(future.result())
+                    yield from pickle.loads(future.result())
                     continue
                 line = DIED if isinstance(error, BrokenProcessPool) else str(error)
                 if is_first:
-                    todo.append((song, False))
-                    line = f"a song is tried again, and fewer at a time: {line}"
+                    again.extend(group)
+                    what = "a song is" if len(group) == 1 else f"{len(group)} songs are"
+                    line = f"{what} tried again, and fewer at a time: {line}"
                     tqdm.write(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
                 else:
-                    yield failed(song, f"tried twice: {line}")
+                    yield failed(*group, f"tried twice: {line}")
     except BaseException:
         for process in multiprocessing.active_children():
             process.terminate()

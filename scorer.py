@@ -6,7 +6,9 @@
 from __future__ import annotations  # unions, on Python 3.9
 
 import importlib.metadata
+import itertools
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -154,14 +156,25 @@ class Scorer:
     def done(self, track: musdb.MultiTrack) -> bool:
         return self.scored(track) and all(path.exists() for path in self.files(track).values())
 
-    def __call__(self, track: musdb.MultiTrack) -> dict:
-        """Separate and score a musdb track; whatever is wrong with it, the others must go on.
+    def __call__(self, tracks: Sequence[musdb.MultiTrack]) -> Iterator[dict]:
+        """Separate and score musdb tracks; those of one rate that follow each other go through the networks together.
 
-        Returns:
+        Whatever is wrong with a track, the others must go on.
+
+        Yields:
             dict: track; silent or error, if it has no scores, why; or seconds: of audio, of the work on it
         """
+        opened = [(track, self.told(track, self.opened, track)) for track in tracks]
+        for rate, some in itertools.groupby(opened, lambda pair: "song" in pair[1] and pair[1]["song"].sample_rate):
+            if rate:
+                yield from self.together([(track, found["song"]) for track, found in some])
+            else:
+                yield from (found for _, found in some)
+
+    def told(self, track: musdb.MultiTrack, function: Callable[..., dict], *arguments) -> dict:
+        """What a function gives of a track, or in a line what was wrong."""
         try:
-            return {"track": track.name, **self.score(track)}
+            return {"track": track.name, **function(*arguments)}
         except Exception as error:
             with utils.postponed() as is_ending:
                 if is_ending():  # within a function of NNabla, which turned an interruption into another error
@@ -169,29 +182,53 @@ class Scorer:
             kind = "" if isinstance(error, (UsageError, OSError)) else f"{type(error).__name__}: "
             return {"track": track.name, "error": " ".join(f"{kind}{utils.describe(error)}".split())}
 
-    def score(self, track: musdb.MultiTrack) -> dict:
+    def opened(self, track: musdb.MultiTrack) -> dict:
+        """Its song; or why it has no scores, if it need not be separated either."""
         (song,) = open_tracks([track], self.sources, self.is_wav)
-        truth = {stem: self.reference(song, sources) for stem, sources in self.stems.items()}
-        silent = next((f"the source {name!r} is silent" for name, audio in truth.items() if is_silent(audio)), None)
-        if silent and all(path.exists() for path in self.files(track).values()):
+        has_stems = all(path.exists() for path in self.files(track).values())
+        silent = has_stems and silence("source", self.truth(song))
+        return {"silent": silent} if silent else {"song": song}
+
+    def together(self, pairs: list[tuple[musdb.MultiTrack, Track]]) -> Iterator[dict]:
+        """Of songs of one rate. The references of a song are read when its stems are there: they would take memory."""
+        songs = [song for _, song in pairs]
+        mixtures = (song.read(song.mixture) for song in songs)
+        stems = map(self.estimates, self.separator.together(mixtures, songs[0].sample_rate))
+        left, spent = sum(song.nb_timesteps for song in songs), 0.0
+        for k, (track, song) in enumerate(pairs):
+            start = time.perf_counter()
+            found = self.told(track, lambda: {"estimates": next(stems)})
+            if "error" in found:  # of any of them
+                yield from [found] if len(pairs) == 1 else (one for pair in pairs[k:] for one in self.together([pair]))
+                return
+            # What is done for all is done with the first: what was spent is shared by those that are left, by length.
+            spent += time.perf_counter() - start
+            separation = spent * song.nb_timesteps / left
+            left, spent = left - song.nb_timesteps, spent - separation
+            yield self.told(track, self.score, track, song, found.pop("estimates"), separation)
+
+    def score(self, track: musdb.MultiTrack, song: Track, estimates: dict[str, np.ndarray], separation: float) -> dict:
+        """Write the stems and the scores.
+
+        Args:
+            separation: its seconds
+        """
+        truth = dict(self.truth(song))
+        self.write(track, estimates, song.sample_rate)
+        estimates = {name: estimates[name] for name in truth}
+        if silent := silence("source", truth.items()) or silence("estimate", estimates.items()):
             return {"silent": silent}
         start = time.perf_counter()
-        estimates = self.estimates(song)
-        separated = time.perf_counter()
-        self.write(track, estimates, song.sample_rate)
-        silent = silent or next(
-            (f"the estimate {name!r} is silent" for name in truth if is_silent(estimates[name])), None
-        )
-        if silent:  # which has no scores
-            return {"silent": silent}
-        scoring = time.perf_counter()
-        estimates = {name: estimates[name] for name in truth}
         scores = score(track.name, truth, estimates, song.sample_rate, self.original)
         scores.validate()
         # not by museval's output_dir: it writes in place, and says nothing about a full disk
         files.write(self.json(track), scores.json.encode())
-        seconds = {"separation": separated - start, "scoring": time.perf_counter() - scoring}
+        seconds = {"separation": separation, "scoring": time.perf_counter() - start}
         return {"seconds": {"audio": song.nb_timesteps / song.sample_rate, **seconds}}
+
+    def truth(self, song: Track) -> Iterator[tuple[str, np.ndarray]]:
+        """Pairs of a stem and its reference."""
+        return ((stem, self.reference(song, sources)) for stem, sources in self.stems.items())
 
     def reference(self, song: Track, sources: set[str]) -> np.ndarray:
         """The sum of sources (nb_timesteps, nb_channels). Of a few of 16 bits, single precision holds it exactly."""
@@ -199,9 +236,8 @@ class Scorer:
         read = Recording.read_16_bits if self.precision == "16" else partial(Recording.read, dtype="float64")
         return sum(read(one, 0, song.nb_timesteps) for one in recordings).T
 
-    def estimates(self, song: Track) -> dict[str, np.ndarray]:
-        """Stems (nb_timesteps, nb_channels) by name."""
-        stems = self.separator(song.read(song.mixture), song.sample_rate)
+    def estimates(self, stems: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Stems (nb_timesteps, nb_channels) by name, of those that the separator gives."""
         if self.aggregate:
             stems = {name: sum(stems[part] for part in parts) for name, parts in self.aggregate.items()}
         return {name: audio.T for name, audio in stems.items()}
@@ -217,3 +253,8 @@ class Scorer:
 def is_silent(audio: np.ndarray) -> bool:
     """museval's idea of silence: channels that sum to zero, in audio (nb_timesteps, nb_channels)."""
     return not audio.sum(axis=1).any()
+
+
+def silence(kind: str, some: Iterable[tuple[str, np.ndarray]]) -> str | None:
+    """Which of some (name, audio) is silent, if any, in words."""
+    return next((f"the {kind} {name!r} is silent" for name, audio in some if is_silent(audio)), None)

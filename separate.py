@@ -5,7 +5,7 @@ from __future__ import annotations  # unions, on Python 3.9
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -30,10 +30,10 @@ from streaming import Stream
 from utils import UsageError
 
 
-def set_up(loading: dict, threads: int, plain: bool, writing: tuple) -> Callable[[tuple[Path, Path]], dict]:
-    """`separate_song` with a Separator of its own; arguments as of Separator.load and `write_stems`."""
+def set_up(loading: dict, threads: int, plain: bool, writing: tuple) -> Callable[[list], Iterable[dict]]:
+    """`separate_song` of a list, with a Separator of its own; arguments as of Separator.load and `write_stems`."""
     context.use(loading["context"], loading["device_id"], plain, threads)
-    return partial(separate_song, Separator.load(**loading), writing)
+    return partial(map, partial(separate_song, Separator.load(**loading), writing))
 
 
 def separate_song(separator: Separator, writing: tuple, song: tuple[Path, Path]) -> dict:

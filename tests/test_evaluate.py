@@ -25,6 +25,7 @@ from mpirun import mpirun, needs_mpirun
 import args
 import bsseval
 import context
+import ensemble
 import evaluate
 import files
 import kernels.threads
@@ -502,7 +503,7 @@ def test_a_process_that_cannot_begin(root, tmp_path, capfd, monkeypatch):
     assert all(f"{name}: tried twice: UsageError: unknown model" in said for name in NAMES)
 
 
-def test_an_error_of_the_scores_is_that_of_its_track(root, tmp_path, capsys, monkeypatch):
+def test_an_error_of_the_scores_is_that_of_its_track(root, tmp_path, capsys, monkeypatch, encoded):
     score = scorer.score
 
     def scored(name, *arguments):
@@ -514,6 +515,102 @@ def test_an_error_of_the_scores_is_that_of_its_track(root, tmp_path, capsys, mon
     error = fails(capsys, root, tmp_path, *ACCOMPANIMENT, status=1)
     assert f"{NAMES[1]}: ZeroDivisionError: of the scores\n" in error
     assert {path.stem for path in (tmp_path / "test").glob("*.json")} == {NAMES[0], NAMES[2]}
+    assert encoded == [3]  # none is separated again
+
+
+# ---------------------------------------------------------------------------------- songs together
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """How many songs went through the networks together, time after time."""
+
+    def encode(models, targets, recordings):
+        recordings = list(recordings)
+        calls.append(len(recordings))
+        return together(models, targets, recordings)
+
+    calls, together = [], ensemble.encode
+    monkeypatch.setattr(ensemble, "encode", encode)
+    return calls
+
+
+def test_scores_do_not_depend_on_which_songs_are_together(root, tmp_path, monkeypatch, encoded):
+    """Of other lengths and sample rates: only those of one rate go together."""
+    songs = copy(root, tmp_path)
+    write_song(songs / "test" / "Other - Rate", 5, 5)
+    for path in (songs / "test" / "Other - Rate").iterdir():
+        soundfile.write(path, soundfile.read(path, dtype="int16")[0], 2 * RATE)
+    write_song(songs / "test" / "Short - Song", 6, 2)
+    write_song(songs / "test" / "Third - Song, too", 7)
+    run(songs, tmp_path / "together", *ACCOMPANIMENT)
+    assert encoded == [1, 1, 2, 2]  # First; Other; Second and Short; both Third: four at most
+    encoded.clear()
+    monkeypatch.setattr(evaluate, "TOGETHER", 1)
+    run(songs, tmp_path / "alone", *ACCOMPANIMENT)
+    assert encoded == [1] * 6
+    for path in (tmp_path / "alone" / "test").iterdir():
+        assert path.read_bytes() == (tmp_path / "together" / "test" / path.name).read_bytes()
+
+
+def test_a_mixture_that_cannot_be_read_costs_no_other_song(root, pair, tmp_path, capsys, monkeypatch, encoded):
+    songs = copy(root, tmp_path)
+
+    def opened(tracks, *arguments):
+        found = musdb18.open_tracks(tracks, *arguments)
+        if tracks[0].name == NAMES[1]:
+            os.utime(tracks[0].path, (0, 0))
+        return found
+
+    monkeypatch.setattr(scorer, "open_tracks", opened)
+    error = fails(capsys, songs, tmp_path / "eval", *ACCOMPANIMENT, status=1)
+    assert error.splitlines() == [
+        f"evaluate.py: {NAMES[1]}: {songs / 'test' / NAMES[1] / 'mixture.wav'}: "
+        "the file has changed since it was looked at",
+        "evaluate.py: 1 track(s) failed, 2 scored",
+    ]
+    assert encoded == [1, 1]
+    for name in (f"{NAMES[0]}.json", f"{NAMES[2]}.json"):
+        assert (tmp_path / "eval" / "test" / name).read_bytes() == (pair / "test" / name).read_bytes()
+
+
+def test_a_silent_song_is_separated_for_its_stems_only(root, tmp_path, encoded):
+    write_song(tmp_path / "musdb" / "test" / "All - Silent", 5, silent={"vocals": slice(None)})
+    shutil.copytree(root.parent / "m0", tmp_path / "m0")
+    for evaldir, options, count in (
+        ("0", [], []),
+        ("1", ["--outdir", tmp_path], [1]),
+        ("1", ["--outdir", tmp_path], []),
+    ):
+        encoded.clear()
+        with pytest.raises(SystemExit):  # there are no scores
+            run(tmp_path / "musdb", tmp_path / evaldir, *ACCOMPANIMENT, *options)
+        assert summary(tmp_path / evaldir)["silent"] == {"All - Silent": "the source 'vocals' is silent"}
+        assert encoded == count
+
+
+def test_seconds_are_shared_among_songs_that_are_separated_together(root, tmp_path, capsys, monkeypatch):
+    """Of 10 s for all three and one for each, one that has no scores takes its part with it."""
+
+    def together(self, *arguments):
+        for k, stems in enumerate(separated(self, *arguments)):
+            clock[0] += 11 if k == 0 else 1
+            yield stems
+
+    def scored(name, *arguments):
+        clock[0] += 2
+        if name == NAMES[0]:
+            raise ZeroDivisionError
+        return score(name, *arguments)
+
+    clock, separated, score = [0.0], evaluate.Separator.together, scorer.score
+    monkeypatch.setattr(evaluate.Separator, "together", together)
+    monkeypatch.setattr(scorer, "score", scored)
+    monkeypatch.setattr(scorer, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    fails(capsys, root, tmp_path, *ACCOMPANIMENT, status=1)
+    seconds = summary(tmp_path)["seconds_per_minute"]
+    assert seconds["separation"] == pytest.approx((13 - 11 / 3) * 60 / 7)
+    assert seconds["scoring"] == pytest.approx(4 * 60 / 7)
 
 
 # ------------------------------------------------------------------------------------ interruptions
@@ -1003,8 +1100,8 @@ def test_threads_and_plain_functions(root, tmp_path, monkeypatch, start):
 
 
 def test_processes_and_threads_reach_the_pool(root, tmp_path, monkeypatch):
-    def results(tracks, begin, failed, cores, threads):
-        seen.append((len(tracks), cores, threads))
+    def results(tracks, begin, failed, cores, threads, together):
+        seen.append((len(tracks), cores, threads, together))
         return []
 
     seen = []
@@ -1012,7 +1109,7 @@ def test_processes_and_threads_reach_the_pool(root, tmp_path, monkeypatch):
     for cores, threads in ((2, 8), (50, 2)):
         with pytest.raises(SystemExit):
             run(root, tmp_path, "--cores", cores, "--threads", threads)
-    assert seen == [(3, 2, 8), (3, 3, 2)]
+    assert seen == [(3, 2, 8, 4), (3, 3, 2, 4)]
 
 
 # --------------------------------------------------------------------------------- which stems are what

@@ -27,7 +27,7 @@ def squares(threads):
         os.kill(os.getpid(), signal.SIGINT)
         return song, song**2, os.getpid(), made, threads, [os.environ[name] for name in LIMITS]
 
-    return square
+    return partial(map, square)
 
 
 def not_done(song, line):
@@ -63,15 +63,30 @@ def mortal(folder, threads):
             raise Odd("two\nlines")
         return song, "done"
 
-    return work
+    return partial(map, work)
 
 
-def test_a_song_whose_process_dies_is_tried_again_and_the_others_go_on(tmp_path, capsys):
-    found = dict(pool.results(range(7), partial(mortal, tmp_path), not_done, 2, None))
+def sizes(threads):
+    return lambda songs: ((song, songs) for song in songs)
+
+
+def test_groups_of_songs_become_smaller_towards_the_end():
+    found = dict(pool.results(range(14), sizes, not_done, 2, None, 4))
+    groups = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10], [11, 12], [13]]  # half of what is left
+    assert found == {song: group for group in groups for song in group}
+
+
+@pytest.mark.parametrize("together, groups", [(1, ["a song is"] * 3), (3, ["2 songs are", "3 songs are", "a song is"])])
+def test_a_song_whose_process_dies_is_tried_again_and_the_others_go_on(tmp_path, capsys, together, groups):
+    """Those of its group, too, which are tried again without it."""
+    found = list(pool.results(range(7), partial(mortal, tmp_path), not_done, 2, None, together))
+    assert len(found) == 7
+    found = dict(found)
     twice = {3: f"tried twice: {pool.DIED}", 5: "tried twice: Odd: two lines"}
     assert found == {**dict.fromkeys(range(7), "done"), **twice}
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 3 and sum(pool.DIED in line for line in said) == 2
+    assert sorted(line.split(": ")[1].split(" tried")[0] for line in said) == groups
+    assert sum(pool.DIED in line for line in said) == 2
 
 
 def test_a_song_that_no_process_can_begin():
@@ -91,7 +106,7 @@ def patient(folder, threads):
             time.sleep(0.01)
         return song
 
-    return work
+    return partial(map, work)
 
 
 def test_who_wants_no_more_results_ends_the_processes_once_their_files_are_whole(tmp_path):
@@ -116,7 +131,7 @@ import utils
 def begin(folder, threads):
     from test_pool import mortal
     work = mortal(folder, threads)
-    return lambda song: (*work(song), os.getppid(), threads)
+    return lambda songs: [(*done, os.getppid(), threads) for done in work(songs)]
 
 def failed(song, line):
     return song, line
