@@ -341,6 +341,13 @@ def separate_parser() -> Parser:
     parser.add_argument(
         "--stream", action="store_true", help="raw float32 samples on standard input to those of one stem, as they come"
     )
+    parser.add_argument("--play", action="store_true", help="--stream from the sound device's input to its output")
+    parser.add_argument(
+        "--causal-wiener",
+        type=number(float, 0, True),
+        metavar="SECONDS",
+        help="--stream through a Wiener filter of the past, whose covariances forget in that time",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_separation_options(parser)
     add_context_options(parser)

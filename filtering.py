@@ -91,15 +91,77 @@ def source_spectra(
         )
     elif np.may_share_memory(out, v) or np.may_share_memory(out, x):
         raise ValueError("out shares memory with v or x, which are not modified")
-    weight, noise = eps, np.sqrt(eps)
-    if nb_channels == 1:
-        noise += eps  # norbert does so; without it, as in the reference, nothing changes at 1e-10
-    if iterations > 0:
-        square = max(1.0, kernels.wiener.peak(x) / 10) ** 2
-        weight, noise = weight * square, noise * square
+    weight, noise = _regularisation(eps, nb_channels, kernels.wiener.peak(x) if iterations > 0 else 0)
     run = kernels.wiener.wiener if nb_channels <= 2 else _any_number_of_channels
-    run(v, x, iterations, bool(softmask), bool(residual), float(eps), float(weight), float(noise), out)
+    run(v, x, iterations, bool(softmask), bool(residual), float(eps), weight, noise, out)
     return out
+
+
+class Causal:
+    """One iteration of the EM of `source_spectra` for frames that come one after another, of one or two channels.
+
+    Its sums over all frames become sums over those that have come, the older the less they weigh: with the first
+    estimates y_j, and λ to be less than 1 if older frames are to be forgotten,
+
+        S_j(t) = λ S_j(t − 1) + y_j(t) y_j(t)ᴴ,    P_j(t) = λ P_j(t − 1) + p_j(t),    R_j(t) = S_j(t) / (eps + P_j(t)),
+
+    and the estimate is y_j = p_j R_j(t) (Σ_i p_i R_i(t) + √eps · 1)⁻¹ x, once. The maximum of x, which eps depends on,
+    is that of the frames that have come, and forgotten alike. If λ is 1, the last frame of a recording becomes what
+    `source_spectra` makes of it with one iteration.
+
+    After O. Cappé and E. Moulines, "On-line expectation-maximization algorithm for latent data models", JRSS B 2009,
+    and L. Simon and E. Vincent, "A general framework for online audio source separation", LVA/ICA 2012.
+
+    Args:
+        nb_sources, nb_channels, nb_bins: of what comes; with a residual, one source more goes
+        forgetting: λ, from 0 to 1
+        softmask, residual, eps: as of `source_spectra`
+    Raises:
+        ValueError: numbers that cannot be.
+    """
+
+    def __init__(
+        self,
+        nb_sources: int,
+        nb_channels: int,
+        nb_bins: int,
+        forgetting: float,
+        softmask: bool = False,
+        residual: bool = False,
+        eps: float = 1e-10,
+    ):
+        self.softmask, self.residual, self.eps = bool(softmask), bool(residual), float(finite("eps", eps, 0))
+        self.forgetting = float(finite("forgetting", forgetting, 0, 1))
+        self.out = np.empty((nb_sources + self.residual, nb_channels, 1, nb_bins), np.complex64)
+        self.sums = np.empty((len(self.out), 4, nb_bins))
+        self.reset()
+
+    def reset(self) -> None:
+        """As if nothing had come yet."""
+        self.sums[:], self.peak = 0, 0.0
+
+    def __call__(self, v: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """The next frame.
+
+        Args:
+            v: float32 (nb_sources, 1, nb_channels or 1, nb_bins)
+            x: complex64 (nb_channels, 1, nb_bins)
+        Returns:
+            (nb_sources, nb_channels, 1, nb_bins) complex64, which the next call overwrites
+        """
+        self.peak = max(self.forgetting * self.peak, kernels.wiener.peak(x))
+        weight, noise = _regularisation(self.eps, len(x), self.peak)
+        numbers = (self.eps, weight, noise, self.forgetting)
+        kernels.wiener.causal(v, x, self.softmask, self.residual, *numbers, self.sums, self.out)
+        return self.out
+
+
+def _regularisation(eps, nb_channels, peak):
+    """What is added to sums of powers, and to the diagonal of the mixture's covariance, if that is its maximum."""
+    square = max(1.0, peak / 10) ** 2
+    # with one channel, norbert adds eps as well; without it, as in the reference, nothing changes at 1e-10
+    noise = np.sqrt(eps) + (eps if nb_channels == 1 else 0)
+    return float(eps * square), float(noise * square)
 
 
 def wiener(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations  # unions, on Python 3.9
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import pool
 
@@ -16,17 +14,17 @@ if __name__ in ("__main__", "__mp_main__"):
     pool.start(__name__)  # before imports that take long
 
 import nnabla_ext.cpu
-import numpy as np
 from tqdm import tqdm
 
 import audio
 import context
 import folders
+import live
 import utils
 from args import separate_parser, separator_options
 from separator import Separator
 from stems import check_places, check_sum, checked_aggregate, checked_subtype, write_stems
-from streaming import Stream
+from streaming import Stream  # noqa: F401, for those who import it from here
 from utils import UsageError
 
 
@@ -66,63 +64,6 @@ def _line(path, error):
     return " ".join(str(error).split())
 
 
-# Options that say something of a stream.
-STREAMING = {"stream", "inputs", "model", "model_dir", "targets", "karaoke", "residual", "aggregate", "softmask"}
-STREAMING |= {"alpha", "threads", "quiet"}
-
-
-def stream(args: argparse.Namespace, given: set[str]) -> None:
-    """Standard input to standard output, as --stream says; `given` are the names of the options that are there."""
-    if unused := sorted(given - STREAMING):
-        raise UsageError(f"--{unused[0].replace('_', '-')} has no effect on a stream: leave it out")
-    if args.inputs:
-        raise UsageError(f"--stream separates what comes on standard input, not {args.inputs[0]}")
-    if os.isatty(0) or os.isatty(1):
-        raise UsageError("--stream reads and writes raw samples: pipes or files, not a terminal (docs/inference.md)")
-    context.use("cpu", threads=args.threads)
-    separator = Separator.load(**{**separator_options(args), "niter": 0, "context": "cpu"})
-    live = Stream(separator)
-    stems = checked_aggregate(separator, args.aggregate) or {name: [name] for name in separator.sources}
-    if args.karaoke:
-        stems.pop("vocals")
-    if len(stems) > 1:
-        raise UsageError(f"a stream has one stem, not {', '.join(stems)}: choose it by --targets, or --aggregate")
-    ((name, parts),) = stems.items()
-    if not args.quiet:
-        seconds = live.latency / live.sample_rate
-        form = f"float32, {live.nb_channels} channels, {live.sample_rate:g} Hz"
-        print(f"{name}: {form}, {live.latency} samples ({1000 * seconds:.0f} ms) late", file=sys.stderr, flush=True)
-    with open(0, "rb", closefd=False) as source:
-        copy_stem(live, [separator.sources.index(part) for part in parts], source, sys.stdout.buffer)
-
-
-def copy_stem(live: Stream, parts: list[int], source: BinaryIO, sink: BinaryIO) -> None:
-    """Raw samples, float32 with channels side by side, into those of the sum of some stems, as soon as they come.
-
-    Raises:
-        UsageError: samples that are none, or the last one lacks channels; what came before it is written.
-    """
-
-    def write(stems):
-        try:
-            sink.write(np.ascontiguousarray(stems[parts].sum(axis=0).T, "<f4").data)
-            sink.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, "standard output") from None
-
-    size, data = 4 * live.nb_channels, b""
-    while more := source.read1(2**16):
-        data += more
-        whole = len(data) // size * size
-        write(live(np.frombuffer(data[:whole], "<f4").reshape(-1, live.nb_channels).T))
-        data = data[whole:]
-    write(live.flush())
-    if data:
-        raise UsageError(
-            f"standard input ends within a sample: {live.nb_channels} channels of float32 are {size} bytes"
-        )
-
-
 @utils.command
 def main(argv: Sequence[str] | None = None) -> None:
     args, given = separate_parser().parse(argv)
@@ -130,8 +71,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if double := sorted(given & {"targets", "residual", "aggregate"}):
             raise UsageError(f"--karaoke is --targets vocals --residual accompaniment: leave out --{double[0]}")
         args.targets, args.residual = ["vocals"], "accompaniment"
-    if args.stream:
-        return stream(args, given)
+    if args.stream or args.play:
+        return live.stream(args, given)
+    if own := sorted(given & live.OWN):
+        raise UsageError(f"--{own[0].replace('_', '-')} is an option of --stream, which is not there")
     if not args.inputs:  # behind a model: "--model umxhq song.mp3"
         args.model, args.inputs = args.model[:1], args.model[1:]
     if not args.inputs:

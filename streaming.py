@@ -1,11 +1,13 @@
 """A recording into its stems while it goes on: `Stream`, for networks that look at no later frame.
 
-What goes from frame to frame is the state of the LSTMs; what the frames share with each other, the end of the input
-and of the overlap-add. So memory does not grow with the recording.
+What goes from frame to frame is the state of the LSTMs, and of the Wiener filter the sums; what the frames share with
+each other, the end of the input and of the overlap-add. So memory does not grow with the recording.
 """
 
 from __future__ import annotations  # unions, on Python 3.9
 
+import math
+import numbers
 from collections.abc import Iterator
 
 import numpy as np
@@ -24,7 +26,9 @@ from utils import UsageError
 
 
 class Stream:
-    """Separates a recording that comes in blocks of any size. Its stems are those of the separator, but for rounding.
+    """Separates a recording that comes in blocks of any size.
+
+    Without a filter, its stems are those of the separator, but for rounding.
 
     A sample of the stems is there as soon as no later frame can change it: `latency` samples later at most, which is a
     window less one; and if n_hop divides n_fft / 2 and blocks are multiples of a hop, a window less a hop.
@@ -32,17 +36,21 @@ class Stream:
     Args:
         separator: of one or several of our own models, unidirectional, and without the EM of the Wiener filter, which
             needs frames to come: niter=0. Residual and soft mask are per frame, and as they are there.
+        wiener: the seconds in which a causal Wiener filter, `filtering.Causal`, forgets all but 1/e of what was, or
+            infinity; None: no filter. It is of no use, so left out, if there is only one source.
     Attributes:
         sources: names of the stems
         nb_channels, sample_rate: of blocks and stems, those of the models
         latency: in samples
     Raises:
-        UsageError: a separator of other models, or with iterations.
+        UsageError: a separator of other models, or with iterations; a time that is none.
     """
 
-    def __init__(self, separator: Separator):
+    def __init__(self, separator: Separator, wiener: float | None = None):
         if separator.niter:
             raise UsageError("a stream has no iterations of the Wiener filter, which need frames to come: niter=0")
+        if wiener is not None and not (isinstance(wiener, numbers.Real) and wiener > 0):
+            raise UsageError(f"wiener is {wiener!r}: expected seconds, more than 0, or None for no filter")
         for model in separator.models:
             if not model.is_own:
                 raise UsageError(f"{model.name} is a network of one's own: only ours go frame by frame")
@@ -53,6 +61,12 @@ class Stream:
         self.nb_channels, self.sample_rate = separator.nb_channels, separator.sample_rate
         self.latency = separator.n_fft - 1
         self._networks = [_Network(model, separator.targets) for model in separator.models]
+        self._filter = None
+        if wiener is not None and len(self.sources) > 1:
+            forgetting = math.exp(-separator.n_hop / (wiener * separator.sample_rate))
+            sizes = len(separator.targets), self.nb_channels, separator.n_fft // 2 + 1
+            rest = separator.softmask, separator.residual, separator.wiener_eps
+            self._filter = filtering.Causal(*sizes, forgetting, *rest)
         # A frame that waits needs half a window before its centre and after, and blocks are taken hop by hop.
         self._audio = np.empty((self.nb_channels, separator.n_fft + 2 * separator.n_hop + 1), np.float32)
         self._begin()
@@ -63,8 +77,8 @@ class Stream:
         self._overlap_add = kernels.spectra.OverlapAdd(n_fft, n_hop, 2**62)  # how long it is, nobody knows yet
         self._start = self._stop = 0  # what of the recording self._audio holds
         self._frame = 0  # the next one
-        for network in self._networks:
-            network.reset()
+        for part in [*self._networks, *filter(None, [self._filter])]:
+            part.reset()
 
     def __call__(self, block: np.ndarray) -> np.ndarray:
         """Take the next samples; returns those of the stems that are finished.
@@ -128,7 +142,10 @@ class Stream:
             v = np.array(v)[:, None]
             if s.alpha != 1:
                 v **= np.float32(s.alpha)
-            y = filtering.source_spectra(v, spectra, 0, s.softmask, s.residual, s.wiener_eps)
+            if self._filter:
+                y = self._filter(v, spectra)
+            else:
+                y = filtering.source_spectra(v, spectra, 0, s.softmask, s.residual, s.wiener_eps)
             for _, piece in self._overlap_add(y):
                 yield piece
             self._frame += 1

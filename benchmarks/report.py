@@ -95,8 +95,8 @@ def table(header, rows):
     return "\n".join(f"| {' | '.join(row)} |" for row in aligned)
 
 
-def measured(args, name, sizes, measure):
-    """What a part of docs/comparison.md says, kept in build/ so that --report writes it again.
+def measured(args, name, sizes, measure, page="comparison.md"):
+    """What a page in docs/, or a part of one, says, kept in build/ so that --report writes it again.
 
     Args:
         args: quick, report, threads
@@ -107,7 +107,7 @@ def measured(args, name, sizes, measure):
         results of `measure`, or of the last run, with sizes, threads, machine and origin; the folder; the page
     """
     folder = ROOT / "build" / (f"quick-{name}" if args.quick else name)
-    page = (folder if args.quick else ROOT / "docs") / "comparison.md"
+    page = (folder if args.quick else ROOT / "docs") / page
     kept = folder / "results.json"
     if not args.report:
         warn_if_busy()

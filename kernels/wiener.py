@@ -5,7 +5,7 @@ from numba import types
 
 from kernels.compiler import IN, INT, OUT, inline, kernel
 from kernels.shapes import check
-from kernels.threads import run, split
+from kernels.threads import get_threads, run, split
 
 # Complex numbers are read and written as pairs, and in between kept as planes: for n bins of one frame, four
 # rows of n numbers, real and imaginary part of the left, then of the right channel. Mono is stereo whose right
@@ -145,6 +145,16 @@ def _filter_frame(mix, R, nb_channels, noise, y):
 
 
 @inline
+def _covariances(sums, weight, nb_channels, R):
+    """R_j = sums_j / (weight + Σ p_j), both (J, 4, n), as the sum of powers is the trace of sums_j over channels."""
+    for j in range(len(R)):
+        for f in range(R.shape[2]):
+            scale = 1 / (weight + (sums[j, 0, f] + sums[j, 1, f]) / nb_channels)
+            for k in range(4):
+                R[j, k, f] = scale * sums[j, k, f]
+
+
+@inline
 def _wiener_bins(v, x, iterations, softmask, residual, eps, weight, noise, out, start, stop):
     """Some bins of `wiener`; x (C, T, 2 F) and out (J, C, T, 2 F) are seen as pairs."""
     nb_sources, nb_channels, nb_frames, _ = out.shape
@@ -171,11 +181,7 @@ def _wiener_bins(v, x, iterations, softmask, residual, eps, weight, noise, out, 
                         _store(y[j, 2 * c], y[j, 2 * c + 1], out[j, c, t, 2 * start : 2 * stop])
             if sweep < iterations:
                 _add_covariances(y, sums)
-        for j in range(nb_sources):
-            for f in range(n):
-                scale = 1 / (weight + (sums[j, 0, f] + sums[j, 1, f]) / nb_channels)
-                for k in range(4):
-                    R[j, k, f] = scale * sums[j, k, f]
+        _covariances(sums, weight, nb_channels, R)
         sums[:] = 0
 
 
@@ -233,6 +239,60 @@ def wiener(
     x, out = x.view(v.dtype), out.view(v.dtype)
     nb_bins = v.shape[3]
     run([(function, v, x, *numbers, out, *part) for part in split(nb_bins, -(-nb_bins // BINS))])
+
+
+@kernel
+def _causal_bins(
+    v: IN(4), x: IN(3), softmask: INT, residual: INT, eps: DOUBLE, weight: DOUBLE, noise: DOUBLE, forgetting: DOUBLE,
+    sums: types.Array(DOUBLE, 3, "C"), out: OUT(4), start: INT, stop: INT,
+):  # fmt: skip
+    nb_sources, nb_channels, nb_frames, _ = out.shape
+    mix, y = np.zeros((4, stop - start)), np.zeros((nb_sources, 4, stop - start))
+    own, R = sums[:, :, start:stop], np.empty(y.shape)
+    for t in range(nb_frames):
+        for c in range(nb_channels):
+            _load(x[c, t, 2 * start : 2 * stop], mix[2 * c], mix[2 * c + 1])
+        _initial_estimates(v, t, start, mix, nb_channels, softmask, residual, eps, y)
+        for j in range(nb_sources):
+            for k in range(4):
+                own[j, k] *= forgetting
+        _add_covariances(y, own)
+        _covariances(own, weight, nb_channels, R)
+        _filter_frame(mix, R, nb_channels, noise, y)
+        for j in range(nb_sources):
+            for c in range(nb_channels):
+                _store(y[j, 2 * c], y[j, 2 * c + 1], out[j, c, t, 2 * start : 2 * stop])
+
+
+def causal(
+    v: np.ndarray,
+    x: np.ndarray,
+    softmask: bool,
+    residual: bool,
+    eps: float,
+    weight: float,
+    noise: float,
+    forgetting: float,
+    sums: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """One iteration in one pass: covariances of a frame are those of the frames so far, as `filtering.Causal` says.
+
+    Args:
+        v, x, softmask, residual, eps, weight, noise, out: as of `wiener`, in single precision
+        forgetting: what sums are multiplied with from frame to frame
+        sums: (J, 4, F) float64, or J + 1 with a residual: |y₀|², |y₁|², real and imaginary part of y₀ ȳ₁, summed over
+            the frames before, and then over these as well
+    """
+    nb_channels, nb_all = 1 if np.shape(v)[2:3] == (1,) else "C", f"J+{int(residual)}"
+    check(x=(x, "C T F", np.complex64), v=(v, f"J T {nb_channels} F"))
+    check(v=(v, "J T V F"), sums=(sums, f"{nb_all} 4 F"), out=(out, f"{nb_all} {len(x)} T F", np.complex64))
+    if not 1 <= len(x) <= 2:
+        raise ValueError(f"{len(x)} channels: expected one or two")
+    numbers = (int(softmask), int(residual), eps, weight, noise, forgetting)
+    x, out = x.view(np.float32), out.view(np.float32)
+    parts = split(v.shape[3], get_threads())
+    run([(_causal_bins, v, x, *numbers, sums, out, *part) for part in parts])
 
 
 def peak(x: np.ndarray) -> float:

@@ -8,12 +8,16 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.image
 import numpy as np
 import pytest
 import scipy.stats
+from test_separate import RATE, make_folder, song
 
+import args
 import functions
 import utils
+from separator import Separator
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -21,6 +25,7 @@ import extensions
 import gpu
 import gpu_checks
 import gpu_work
+import latency
 import report
 
 
@@ -50,6 +55,54 @@ def test_intervals_are_students():
         mean, reach = extensions.interval(list(a - b))
         low, high = scipy.stats.ttest_rel(a, b).confidence_interval(0.95)
         np.testing.assert_allclose((mean - reach, mean + reach), (low, high))
+
+
+# ---------------------------------------------------------------------------------------- latency.py
+
+
+def test_what_is_scored_live_is_what_the_separator_separates(tmp_path):
+    model, audio = make_folder(tmp_path / "live", ["vocals"], unidirectional=True), song(3000)
+    found = {way: separate(audio) for way, separate in latency.ways(model).items()}
+    assert list(found) == ["none", "2 s", "inf s", latency.OFFLINE]
+    for way, niter in {"none": 0, latency.OFFLINE: 1}.items():
+        separator = Separator.load(model, residual=True, niter=niter, wiener_win_len=None, context="cpu")
+        np.testing.assert_allclose(found[way], separator(audio, RATE)["vocals"], atol=1e-6)
+    others = [found[way] for way in found if way != "none"]
+    assert all(np.abs(found["none"] - other).max() > 1e-3 for other in others)
+
+
+def test_a_model_is_trained_once(tmp_path, monkeypatch):
+    commands = []
+
+    def execute(command):
+        commands.append([str(word) for word in command])
+        (tmp_path / "partial").mkdir()
+
+    monkeypatch.setattr(latency, "execute", execute)
+    folders = [latency.train(tmp_path, 1024, latency.FULL) for _ in range(2)]
+    assert folders == [tmp_path / "models" / "1024"] * 2 and folders[0].is_dir()
+    ((_, _, *words),) = commands
+    options = args.train_parser().parse_args(words)
+    assert (options.nfft, options.nhop, options.unidirectional, options.target) == (1024, 256, True, "vocals")
+    assert (options.hidden_size, options.epochs, options.samples_per_track) == (128, 10, 40)
+
+
+def test_page_of_latencies(tmp_path):
+    filters = ["none", *(f"{seconds:g} s" for seconds in latency.TIMES), latency.OFFLINE]
+    models = {
+        name: {way: {"SDR": [i + k, i - k], "time": 0.01 * k} for k, way in enumerate(filters, 1)}
+        for i, name in enumerate(["1024", "2048", "4096"])
+    }
+    about = {"sizes": latency.FULL, "origin": {"command": "c", "date": "d", "commit": "abc"}, "machine": "- one"}
+    latency.write_report({"models": models, "rate": 44100, **about}, tmp_path / "latency.md")
+    page = (tmp_path / "latency.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
+    assert ["2048", "2047", "46 ms", "1.00 (0.00 … 2.00)", "0.010", "0.020"] in rows
+    gains = [f"{0:+.2f} ({-k:+.2f} … {k:+.2f})" for k in (1, 2, 3)]
+    assert ["4096", *gains] in rows
+    assert "10 epochs of 40 steps, of 8 excerpts" in " ".join(page.split()) and "commit abc" in page
+    picture = matplotlib.image.imread(tmp_path / "latency" / "sdr.png")
+    assert picture[..., :3].std() > 0.1
 
 
 # -------------------------------------------------------------------------------------------- gpu.py

@@ -59,9 +59,16 @@ CASES = {
     },
     kernels.products.matmul: {"a": real(4, 5), "b": real(5, 6), "out": real(4, 6)},
     kernels.wiener.wiener: {"v": real(J, T, C, F) ** 2, "x": pairs(C, T, F), "out": pairs(J, C, T, F)},
+    kernels.wiener.causal: {
+        "v": real(J, T, C, F) ** 2,
+        "x": pairs(C, T, F),
+        "sums": np.zeros((J, 4, F)),
+        "out": pairs(J, C, T, F),
+    },
     kernels.wiener.peak: {"x": pairs(C, T, F)},
 }
 FRAMES = {"n_fft": 16, "n_hop": 8}
+FILTER = {"softmask": False, "residual": False, "eps": 1e-10, "weight": 1e-10, "noise": 1e-5}
 NUMBERS = {
     kernels.spectra.spectrogram: {**FRAMES, "center": False, "power": 1, "mono": False},
     kernels.spectra.stft: {**FRAMES, "start": 1, "stop": 4},
@@ -72,7 +79,8 @@ NUMBERS = {
     kernels.affine.input_affine_backward_data: {"accumulate": True},
     kernels.training.dropout: {"p": 0.5, "seed": 1, "layer": 2},
     kernels.training.difference: {"factor": 2.0},
-    kernels.wiener.wiener: dict(iterations=1, softmask=False, residual=False, eps=1e-10, weight=1e-10, noise=1e-5),
+    kernels.wiener.wiener: {"iterations": 1, **FILTER},
+    kernels.wiener.causal: {"forgetting": 0.9, **FILTER},
 }
 WRITTEN = {"out", "dx", "dweight", "gates", "c", "h", "sums", "envelope"}
 

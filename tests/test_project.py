@@ -22,6 +22,7 @@ LEVELS = (
     {"checkpoint", "ensemble"},
     {"outputs", "separator"},
     {"streaming"},
+    {"live"},
     {"train", "separate", "export"},
     {"scorer"},
     {"evaluate", "demo"},

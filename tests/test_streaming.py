@@ -1,11 +1,13 @@
 """Streams: equality with the separator's stems for blocks of any size, latency, bounded memory, and the command."""
 
 import io
+import math
 import signal
 import subprocess
 import sys
 import time
 import tracemalloc
+import types
 
 import networks
 import numpy as np
@@ -24,6 +26,7 @@ from test_separate import (
 )
 
 import kernels.threads
+import live
 import separate
 import trained
 from args import TARGETS
@@ -113,6 +116,39 @@ def test_real_size():
 )
 def test_options_of_the_separator(options):
     compare(Separator(one_way(2), niter=0, context="cpu", **options), song(3000), [100])
+
+
+@pytest.mark.parametrize("options", [{"residual": True}, {"residual": True, "softmask": True, "targets": ["drums"]}])
+def test_a_causal_filter_that_forgets_nothing_ends_as_that_of_the_whole(options):
+    """At the last frame, both have the covariances of all; with hops of half a window, its samples are its alone."""
+    models = [
+        trained.described(random_params(seed, unidirectional=True), [target], N_FFT // 2, RATE)
+        for seed, target in enumerate(TARGETS[:2])
+    ]
+    audio = song(3000)
+    whole = stack(Separator(models, niter=1, wiener_win_len=None, context="cpu", **options)(audio, RATE))
+    stream = Stream(Separator(models, niter=0, context="cpu", **options), wiener=math.inf)
+    for _ in range(2):  # it begins anew
+        stems = np.concatenate([stream(audio[:, :1000]), stream(audio[:, 1000:]), stream.flush()], axis=2)
+        difference = np.abs(stems - whole).max(axis=(0, 1)) / np.abs(whole).max()
+        assert difference[3000 // (N_FFT // 2) * (N_FFT // 2) :].max() < 1e-5 < 1e-3 < difference.max()
+
+
+def test_a_causal_filter_forgets_and_is_the_same_for_all_blocks():
+    separator, audio = Separator(one_way(2), niter=0, context="cpu"), song(3000)
+    stems = {}
+    for seconds in (0.05, 0.5, 1e9):
+        first, second = Stream(separator, seconds), Stream(separator, seconds)
+        stems[seconds] = np.concatenate([first(audio), first.flush()], axis=2)
+        pieces = [second(audio[:, start : start + 77]) for start in range(0, 3000, 77)]
+        np.testing.assert_array_equal(np.concatenate([*pieces, second.flush()], axis=2), stems[seconds])
+    largest = np.abs(stems[0.5]).max()
+    assert min(np.abs(stems[0.5] - stems[other]).max() for other in (0.05, 1e9)) > 0.001 * largest
+    alone = Separator(one_way(), context="cpu")
+    np.testing.assert_array_equal(Stream(alone, 0.5)(audio), Stream(alone)(audio))  # of one source, no filter
+    for seconds in (0, -1, math.nan, "1"):
+        with pytest.raises(UsageError, match="expected seconds"):
+            Stream(separator, seconds)
 
 
 def test_mono_models():
@@ -242,12 +278,12 @@ def test_raw_samples_in_and_out(folder):
     separator = Separator.load(folder, niter=0, context="cpu")
     stems = stack(separator(audio, RATE))
     sink = Sink()
-    separate.copy_stem(Stream(separator), [0, 1], Trickle(raw(audio), sink), sink)
+    live.copy_stem(Stream(separator), [0, 1], Trickle(raw(audio), sink), sink)
     found = np.frombuffer(sink.getvalue(), "<f4").reshape(-1, 2).T
     np.testing.assert_allclose(found, stems.sum(axis=0), atol=1e-6)
     sink = io.BytesIO()
     with pytest.raises(UsageError, match="ends within a sample"):
-        separate.copy_stem(Stream(separator), [0], io.BytesIO(raw(audio)[:-3]), sink)
+        live.copy_stem(Stream(separator), [0], io.BytesIO(raw(audio)[:-3]), sink)
     assert len(sink.getvalue()) == len(raw(audio)) - 8
 
 
@@ -292,12 +328,13 @@ def test_ends_of_the_command_are_a_line(folder, ending):
 @pytest.mark.parametrize(
     "options, message",
     [
+        (["--wiener-eps", "0"], "--wiener-eps has no effect on a stream without --causal-wiener"),
         ([], "a stream has one stem, not vocals, bass: choose it by --targets, or --aggregate"),
         (["--niter", "1"], "--niter has no effect on a stream"),
         (["--outdir", "out"], "--outdir has no effect on a stream"),
         (["--sum-to-mixture"], "--sum-to-mixture has no effect on a stream"),
         (["--network", "a.py:A"], "--network has no effect on a stream"),
-        (["song.wav"], "--stream separates what comes on standard input, not song.wav"),
+        (["song.wav"], "--stream separates what comes, not song.wav"),
         (["--karaoke", "--targets", "bass"], "leave out --targets"),
     ],
     ids=str,
@@ -320,6 +357,114 @@ def test_no_terminal_and_no_bidirectional_model(folder, tmp_path, capsys, monkey
             separate.main(command(model)[2:])
         error = capsys.readouterr().err
         assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", [["--play"], ["--causal-wiener", "2"]])
+def test_options_of_a_stream_alone(folder, capsys, option):
+    """Without one, --play makes one; what else comes before a device is looked for is refused all the same."""
+    with pytest.raises(SystemExit) as stop:
+        separate.main(["song.wav", "--model", str(folder), *option])
+    error = capsys.readouterr().err
+    expected = {"--play": "what comes, not song.wav", "--causal-wiener": "--causal-wiener is an option of --stream"}
+    assert stop.value.code == 2 and expected[option[0]] in error and error.count("\n") == 1
+
+
+def test_the_command_with_a_causal_filter(folder):
+    audio = song(2000)
+    separator = Separator.load(folder, ["vocals"], residual=True, niter=0, context="cpu")
+    stream = Stream(separator, 0.5)
+    expected = np.concatenate([stream(audio), stream.flush()], axis=2)[1]
+    run = command(folder, "--karaoke", "--quiet", "--causal-wiener", "0.5")
+    done = subprocess.run(run, input=raw(audio), capture_output=True, check=True)
+    np.testing.assert_allclose(np.frombuffer(done.stdout, "<f4").reshape(-1, 2).T, expected, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------- sound devices
+
+
+class PortAudioError(Exception):
+    pass
+
+
+class Device:
+    """A stand-in for sounddevice.Stream: plays `audio` in, keeps what comes out; Ctrl-C is pressed at the end."""
+
+    audio, refusal = song(3000), None
+
+    def __init__(self, samplerate, channels, dtype, blocksize):
+        if self.refusal:
+            raise PortAudioError(self.refusal)
+        assert (samplerate, channels, dtype, blocksize) == (RATE, 2, "float32", N_HOP)
+        self.at, self.played, Device.last = 0, [], self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def read(self, nb_frames):
+        assert sum(map(len, self.played)) >= self.at, "what plays has nothing left"
+        block = self.audio[:, self.at : self.at + nb_frames].T
+        if len(block) < nb_frames:
+            raise KeyboardInterrupt
+        self.at += nb_frames
+        return block, self.at in (640, 1280)
+
+    def write(self, data):
+        assert data.dtype == np.float32 and data.flags.c_contiguous and data.shape[1] == 2
+        self.played.append(data)
+        return True
+
+
+@pytest.fixture
+def sounddevice(monkeypatch):
+    module = types.SimpleNamespace(Stream=Device, PortAudioError=PortAudioError)
+    monkeypatch.setitem(sys.modules, "sounddevice", module)
+    return module
+
+
+def test_from_device_to_device(folder, sounddevice, capsys):
+    with pytest.raises(SystemExit) as stop:
+        separate.main(["--play", "--karaoke", "--model", str(folder), "--threads", "1"])
+    assert stop.value.code == 130
+    separator = Separator.load(folder, ["vocals"], residual=True, niter=0, context="cpu")
+    expected = separator(Device.audio, RATE)["residual"]
+    played = np.concatenate(Device.last.played).T
+    late = N_FFT - N_HOP  # for whole hops, as documented
+    assert played.shape[1] == Device.last.at and not played[:, :late].any()
+    np.testing.assert_allclose(played[:, late:], expected[:, : played.shape[1] - late], atol=1e-6)
+    error = capsys.readouterr().err
+    assert "accompaniment: float32, 2 channels" in error and error.count("samples were lost") == 1
+
+
+def test_devices_that_are_not_there(folder, sounddevice, capsys, monkeypatch):
+    def status(message):
+        with pytest.raises(SystemExit) as stop:
+            separate.main(["--play", "--karaoke", "--quiet", "--model", str(folder)])
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+        return stop.value.code
+
+    def fails(self, nb_frames):
+        raise PortAudioError("Unanticipated host error")
+
+    monkeypatch.setattr(Device, "read", fails)
+    assert status("--play: Unanticipated host error") == 1
+    monkeypatch.setattr(Device, "refusal", "Error querying device -1")
+    assert status("--play: Error querying device -1: python -m sounddevice lists the devices") == 2
+    monkeypatch.setitem(sys.modules, "sounddevice", None)  # as if it were not installed
+    assert status("--play needs the package sounddevice: pip install sounddevice") == 2
+
+
+def test_a_package_without_its_library(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "sounddevice.py").write_text("raise OSError('PortAudio library not found')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "sounddevice", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        separate.main(["--play", "--karaoke", "--model", str(folder)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "--play: PortAudio library not found: install it" in error
 
 
 def test_karaoke_is_the_accompaniment(folder):
