@@ -12,7 +12,7 @@ help:
 	@echo "make mutants    put faults into copies of the project: do the tests notice them? (16 minutes; mutants-quick: 3)"
 	@echo "make faults     kill commands, fill disks, damage files, craft media, fuzz all that reads (two hours)"
 	@echo "make compare    train, separate and score with both, and with extensions, into docs/comparison.md (80 minutes)"
-	@echo "make bench      speed and memory against torch and native NNabla, into docs/performance.md and data.md (30 minutes)"
+	@echo "make bench      speed and memory against torch and native NNabla, into docs/performance.md and data.md (45 minutes)"
 	@echo "make gpu        check and measure everything on a GPU, into docs/gpu.md (10 minutes; CONTEXT=cpu rehearses it)"
 	@echo "make setup      only the environment, in .venv"
 

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Sequence
 
 import nnabla as nn
+import nnabla_ext.cpu
 import numpy as np
 
 import trained
@@ -63,6 +64,7 @@ def encode(models: list[trained.Model], targets: list[str], recordings: Iterable
         del x
     features = [{target: [] for target in targets} for _ in bottlenecks[0]]
     for model in models:
+        nnabla_ext.cpu.clear_memory_cache()  # of bottlenecks that are no longer needed
         for ours, found in zip(features, _computed(model.listen(bottlenecks.pop(0)))):
             for target in ours.keys() & found.keys():
                 ours[target].append((model, found[target].data.get_data("r", np.float32).copy()))

@@ -23,6 +23,7 @@ from audio import check_channels, check_rate, check_samples, resample
 from context import extension_context
 from utils import UsageError
 
+OVERLAPS = 8  # a piece is as long, or to encode two at once would save less time than the added overlap costs
 SMALLEST_EPS = float(np.finfo(np.float64).eps)  # of the Wiener filter: norbert's default
 
 
@@ -30,8 +31,9 @@ class Separator:
     """Separates recordings into stems: the models' estimates, a multichannel Wiener filter, the inverse STFT.
 
     Estimates of networks in the time domain are the stems as they are. With the same weights, the stems equal those of
-    openunmix 1.3.0's Separator. Recordings longer than `segment` are worked through in segments that overlap by
-    `overlap`, with a crossfade, so that memory stays bounded.
+    openunmix 1.3.0's Separator. Recordings longer than `segment` are worked through in pieces that overlap by
+    `overlap`, with a crossfade, so that memory stays bounded: two at a time, each not half as long, unless that is
+    short.
 
     Args:
         models: with the same STFT, or all in the time domain; estimates of a target that several have are averaged
@@ -110,6 +112,9 @@ class Separator:
         unit = (self.wiener_win_len or 1) * self.n_hop
         self.overlap = -(round(overlap * self.sample_rate) // -unit) * unit  # rounded up
         self.segment = max(self.overlap, round(segment * self.sample_rate / unit) * unit, unit) + self.overlap
+        # not quite half of it: two that are encoded at once need a tenth more memory than one as long as both
+        piece = max(unit, 9 * self.segment // (20 * unit) * unit)
+        self.piece = piece if piece >= OVERLAPS * self.overlap and self.is_spectral else self.segment
 
     @classmethod
     def load(
@@ -214,16 +219,14 @@ class Separator:
         Yields:
             start, stems (nb_sources, nb_channels, …): consecutive pieces of all stems
         """
-        fade = tail = None  # the end of the segment before, faded out
-        start = 0
-        while True:
-            stop = min(start + self.segment, nb_timesteps)
+        fade = tail = None  # the end of the piece before, faded out
+        for start, stop, blocks in self._pieces(read, nb_timesteps):
             last = stop == nb_timesteps
             following = np.zeros((len(self.sources), nb_channels, 0 if last else self.overlap), np.float32)
-            keep = stop - start - following.shape[2]  # from here on, the next segment takes over
-            if fade is None and not last:  # flat where it begins: an estimate is worst at the end of its segment
+            keep = stop - start - following.shape[2]  # from here on, the next piece takes over
+            if fade is None and not last:  # flat where it begins: an estimate is worst at the end of its piece
                 fade = (np.sin(np.linspace(0, np.pi / 2, self.overlap + 2)[1:-1]) ** 2).astype(np.float32)
-            for position, block in self._segment(read(start, stop)):
+            for position, block in blocks:
                 end = position + block.shape[2]
                 if tail is not None and position < self.overlap:
                     both = slice(position, min(end, self.overlap))
@@ -236,20 +239,36 @@ class Separator:
                     block = block[:, :, : begin - position]
                 if block.shape[2]:
                     yield start + position, block
-            if last:
-                return
-            tail, start = following, start + keep
+            tail = following
 
-    def _segment(self, x, features=None):
+    def _pieces(self, read, nb_timesteps):
+        """(start, stop, blocks) of the pieces of a recording; arguments as of `stream`, blocks as of `_segment`.
+
+        Two that are shorter than a segment are encoded at once, so that the weights of LSTMs are read once for both.
+        """
+        piece = self.piece if nb_timesteps > self.segment else self.segment
+        starts = range(0, max(1, nb_timesteps - self.overlap), piece - self.overlap)
+        places = [(start, min(start + piece, nb_timesteps)) for start in starts]
+        at_once = min(2, self.segment // piece)
+        for k in range(0, len(places), at_once):
+            several = [read(*place) for place in places[k : k + at_once]]
+            features = [None] * len(several)
+            if self.is_spectral:
+                pairs = zip(*map(self._parts, several))  # of channels: one pair after the other, as there may be many
+                features = list(zip(*map(self._encode, pairs)))
+            for place in places[k : k + at_once]:
+                yield *place, self._segment(several.pop(0), features.pop(0))
+
+    def _segment(self, x, features):
         """Pairs (0, …) of start and stems of audio x (nb_channels, nb_timesteps), window by window.
 
-        `features` are those of its parts, if they have been encoded with others.
+        `features` are those of its parts.
         """
         if not self.is_spectral:
             yield 0, self._waveforms(x)
             return
         parts = self._parts(x)
-        pairs = [self._estimates(*pair) for pair in zip(parts, features or (self._encode([part])[0] for part in parts))]
+        pairs = [self._estimates(*pair) for pair in zip(parts, features)]
         overlap_add = kernels.spectra.OverlapAdd(self.n_fft, self.n_hop, x.shape[1])
         for parts in zip(*pairs):
             y = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]

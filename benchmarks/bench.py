@@ -6,6 +6,7 @@ machine that changes its pace changes it for all. The report, docs/performance.m
 
 import argparse
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -32,8 +33,9 @@ REPORT = """\
 Written by `make bench` (`{command}`) on {date}, at commit {commit}. Do not edit.
 
 **ours** is this repository; **native** the same model with `--plain`, made of NNabla's own functions only; **torch**
-the reference, openunmix 1.3.0. All have {threads} threads. The model has hidden size 512 and three bidirectional
-layers, reads 1487 bins of STFTs of 4096 samples every 1024, and works on stereo at 44.1 kHz in single precision.
+the reference, openunmix 1.3.0. All have {threads} threads. The model has three bidirectional layers, reads 1487 bins of
+STFTs of 4096 samples every 1024, and works on stereo at 44.1 kHz in single precision. Its hidden size is 512, as of
+the published umx and umxhq, or, where that is said, 1024, as of umxl, the default model. Weights are random.
 
 Numbers are medians over {rounds} rounds of alternating processes, in parentheses the smallest and the largest.
 Ratios are of medians: below 1, ours is the faster, or the smaller. Memory is the peak of the whole process.
@@ -50,6 +52,12 @@ STFTs of mixture and target, forward, loss, backward, Adam with weight decay; ex
 that `train.py` calls, given a batch as its workers prepare it; torch's is the loop of openunmix' `train.py`.
 
 {steps}
+
+`OPENBLAS_CORETYPE` says for which processor OpenBLAS computes, which multiplies our large matrices (torch has its own
+products); if it is not set, OpenBLAS looks for itself. A step at batch {batch} with what is set here, and otherwise, in
+one process of each side:
+
+{coretype}
 
 ## Joint step
 
@@ -84,9 +92,17 @@ matrix products of `fourier.py`, the form for a GPU; in turns within a process. 
 ## Separation
 
 Four stems, with one iteration of the Wiener filter, from audio in memory to audio in memory; models are loaded.
-Stems of ours and of torch's, from the same weights, differ by {difference:.0e} of the largest sample.
+Stems of ours and of torch's, from the same weights, differ by {difference:.0e} of the largest sample. Of several songs,
+ours go through the networks together (`Separator.together`), torch's one after the other.
 
 {songs}
+
+## Separation of {long}
+
+Measured once, and of ours alone, which reads the recording and yields stems piece by piece, as `separate.py` does with
+files. Per minute of audio, torch's time is that of {last} above.
+
+{streams}
 
 ## Cold start
 
@@ -170,6 +186,30 @@ def joint_table(rounds, repeats, threads):
     return table([*header, "X-UMX", "to side by side", "its memory"], rows)
 
 
+def coretype_table(other, steps, **options):
+    """Of reports of `steps` with the machine's setting, and of one process each with another one, or without."""
+    set_here, rows = os.environ.get("OPENBLAS_CORETYPE"), []
+    another = None if set_here else "Haswell"
+    print(f"step with OPENBLAS_CORETYPE {another}", file=sys.stderr, flush=True)
+    changed = {side: run(side, environment={"OPENBLAS_CORETYPE": another}, **options) for side in ("ours", other)}
+    for setting, reports in ((set_here, steps), (another, changed)):
+        times = [reports[side]["times"]["step"] for side in ("ours", other)]
+        rows.append([f"`{setting}`" if setting else "not set", *(f"{spread(t, '.3f')} s" for t in times)])
+        rows[-1].append(f"{ratio_of(*times):.3f}")
+    return table(["`OPENBLAS_CORETYPE`", "ours", other, "ratio"], rows)
+
+
+def stream_table(other, seconds, reports, compared, shorter):
+    """Of one report of ours for each size, and those of both for recordings of `shorter` seconds."""
+    rows = []
+    for size, report in reports.items():
+        whole, theirs = report["times"]["separate"], compared[size][other]["times"]["separate"]
+        minutes = [[60 / length * t for t in times] for length, times in ((seconds, whole), (shorter, theirs))]
+        rows.append([size, f"{whole[0]:.0f} s", *(f"{statistics.median(t):.2f} s" for t in minutes)])
+        rows[-1] += [f"{ratio_of(*minutes):.3f}", f"{report['peak'] / 2**20:.0f} MiB"]
+    return table(["", "ours", "per minute: ours", other, "ratio", "memory: ours"], rows)
+
+
 def transform_table(nb_samples, threads):
     """F.stft and fourier.py: of frames of N samples N (N + 2) products, or 2 N (P + Q + 2) with P = Q = √N."""
     times = run("ours", None, work="transform", nb_samples=nb_samples, seconds=6.0, repeat=3, threads=threads)["times"]
@@ -180,6 +220,12 @@ def transform_table(nb_samples, threads):
     rows.append(["operations", *(f"{2e-9 * nb_frames * count:.1f} GFLOP" for count in products.values())])
     rows[1].append(f"{products['fourier'] / products['F.stft']:.3f}")
     return table(["", *products, "ratio"], rows)
+
+
+def _songs(size, nb_songs, seconds):
+    return (
+        (f"{nb_songs} songs of " if nb_songs > 1 else "") + f"{seconds} s" + (", hidden 1024" if size == 1024 else "")
+    )
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -195,7 +241,8 @@ def main():
     args = parser.parse_args()
     rounds = 1 if args.quick else args.rounds
     repeats = {1: 2, 2: 1} if args.quick else {1: 20, 4: 8, 16: 4}  # training steps of a process, by batch
-    batch, native_seconds, lengths = max(repeats), *((1, (10,)) if args.quick else (3, (60, 180)))
+    batch, native_seconds, lengths, hour = max(repeats), *((1, (10,), 20) if args.quick else (3, (60, 180), 3600))
+    hidden = {size: {"HIDDEN_SIZE": size} for size in (512, 1024)}
 
     def compare(*sides, **options):
         return alternate(rounds, sides, args.reference, threads=args.threads, **options)
@@ -210,16 +257,26 @@ def main():
         return
     computer = machine()  # before our own load
     sizes = {n: {"nb_samples": n, "seconds": 6, "warm_up": 2, "repeat": repeat} for n, repeat in repeats.items()}
-    steps = {f"batch {n}": compare("ours", "torch", work="step", **size) for n, size in sizes.items()}
+    steps = {n: compare("ours", "torch", work="step", **size) for n, size in sizes.items()}
+    large = {**sizes[batch], "warm_up": 1, "repeat": 2, "sizes": hidden[1024]}
+    large = compare("ours", "torch", work="step", **large)
+    options = {"reference": args.reference, "work": "step", "threads": args.threads, **sizes[batch]}
+    coretype = coretype_table("torch", steps[batch], **options)
     functions = compare("ours", "torch", work="functions", **sizes[batch])
     small = {"nb_samples": 1, "seconds": native_seconds, "warm_up": 1, "repeat": 10}
     native = compare("ours", "native", work="functions", **small)
-    cold = {}
+    cold, songs, streams = {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        run("torch", args.reference, work="weights", folder=folder)
-        song = {"work": "separate", "folder": folder}
-        songs = {f"{seconds} s": compare("ours", "torch", seconds=seconds, **song) for seconds in lengths}
-        for name, options in {"step": {"work": "step", **sizes[1]}, "separate": {"seconds": 1, **song}}.items():
+        for size, of_size in hidden.items():
+            song = {"work": "separate", "folder": f"{folder}/{size}", "sizes": of_size}
+            run("torch", args.reference, **{**song, "work": "weights"})
+            for nb_songs, seconds in [*((1, seconds) for seconds in lengths), (4, lengths[0])]:
+                songs[size, nb_songs, seconds] = compare("ours", "torch", seconds=seconds, nb_songs=nb_songs, **song)
+            print(f"stream {hour} s", file=sys.stderr, flush=True)
+            stream = {**song, "work": "stream", "seconds": hour, "threads": args.threads}
+            streams[f"hidden {size}"] = run("ours", None, **stream)
+        song = {"work": "separate", "folder": f"{folder}/512", "seconds": 1}
+        for name, options in {"step": {"work": "step", **sizes[1]}, "separate": song}.items():
             with tempfile.TemporaryDirectory() as cache:
                 cache = {"NUMBA_CACHE_DIR": cache}
                 cold[name] = run("ours", None, cache, threads=args.threads, **options)["times"]["first"]
@@ -228,8 +285,11 @@ def main():
     difference = max(abs(ours - torch).max() / abs(torch).max() for ours, torch in stems)
     if difference > 1e-4:
         sys.exit(f"stems of ours and of torch differ by {difference:.1e}: they did not do the same work")
-    firsts = {"training step": [cold["step"], steps["batch 1"]["ours"]["times"]["first"]]}
-    firsts["separation"] = [cold["separate"], next(iter(songs.values()))["ours"]["times"]["first"]]
+    firsts = {"training step": [cold["step"], steps[1]["ours"]["times"]["first"]]}
+    firsts["separation"] = [cold["separate"], songs[512, 1, lengths[0]]["ours"]["times"]["first"]]
+    last = {f"hidden {size}": songs[size, 1, lengths[-1]] for size in hidden}
+    songs = {_songs(*which): reports for which, reports in songs.items()}
+    steps = {**{f"batch {n}": some for n, some in steps.items()}, f"batch {batch}, hidden 1024": large}
     times = functions["ours"]["times"]  # of both spectrograms, the mixture's and the target's
     share = statistics.median(times["spectrogram forward"]) / 2 / statistics.median(times["step"])
     report = REPORT.format(
@@ -241,6 +301,7 @@ def main():
         machine=computer,
         versions=versions_table(*(functions[side]["versions"] for side in ("ours", "torch")), "ours, native"),
         steps=whole_table("torch", "step", steps),
+        coretype=coretype,
         joint=joint_table(rounds, joint, args.threads),
         batch=batch,
         functions=function_table("torch", functions),
@@ -250,6 +311,9 @@ def main():
         transform=transform_table(batch, args.threads),
         difference=difference,
         songs=whole_table("torch", "separate", songs),
+        long="an hour" if hour == 3600 else f"{hour} s",
+        last=f"{lengths[-1]} s",
+        streams=stream_table("torch", hour, streams, last, lengths[-1]),
         cold=table(
             ["", "empty cache", "later"],
             [[name, *(f"{statistics.median(t):.1f} s" for t in both)] for name, both in firsts.items()],

@@ -236,18 +236,33 @@ def evaluate(clock, arguments):
     return files.read_json(Path(arguments[arguments.index("--evaldir") + 1], "summary.json"))["seconds_per_minute"]
 
 
-def separate(clock, folder, seconds, threads):
+def separate(clock, folder, seconds, threads, nb_songs=1):
+    """Songs of so many seconds, together; returns some samples of all stems."""
     start = time.perf_counter()
-    context.use("cpu", threads=threads)
-    separator = Separator.load(folder, work.TARGETS, niter=1, context="cpu")
-    x = work.audio(1, seconds, 1)[0]
-    separator(x[:, : work.RATE], work.RATE)
+    separator, songs = make_separator(folder, threads), work.audio(nb_songs, seconds, 1)
+    separator(songs[0, :, : work.RATE], work.RATE)
     clock.add("first", time.perf_counter() - start)
-    stems = clock("separate", separator, x, work.RATE)
-    return [stems[target][:, :: work.RATE].tolist() for target in work.TARGETS]
+    stems = clock("separate", lambda: list(separator.together(songs, work.RATE)))
+    return [[song[target][:, :: work.RATE].tolist() for target in work.TARGETS] for song in stems]
+
+
+def stream(clock, folder, seconds, threads):
+    """A recording that comes, and whose stems go, piece by piece."""
+    separator, nb_timesteps = make_separator(folder, threads), int(seconds * work.RATE)
+    separator(work.audio(1, 1, 1)[0], work.RATE)
+
+    def read(start, stop):
+        return np.random.default_rng(start).standard_normal((2, stop - start), np.float32)
+
+    clock("separate", lambda: sum(stems.shape[2] for _, stems in separator.stream(read, 2, nb_timesteps)))
+
+
+def make_separator(folder, threads):
+    context.use("cpu", threads=threads)
+    return Separator.load(folder, work.TARGETS, niter=1, context="cpu")
 
 
 if __name__ == "__main__":
     works = {"step": step, "functions": functions, "separate": separate, "train": train}
-    works.update(evaluate=evaluate, joint=joint, read=read, transform=transform, host=host)
+    works.update(evaluate=evaluate, joint=joint, read=read, stream=stream, transform=transform, host=host)
     work.main(works, ["nnabla", "numpy", "scipy", "numba"])

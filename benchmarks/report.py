@@ -44,7 +44,7 @@ def run(side, reference, environment=None, modules=None, **options):
 
     Args:
         reference: torch's interpreter
-        environment: variables for the process
+        environment: variables for the process; None: not set
         modules: a folder in which torch's side finds modules that its interpreter lacks
         options: the work, see nnabla_side.py and torch_side.py
     """
@@ -55,6 +55,7 @@ def run(side, reference, environment=None, modules=None, **options):
     elif side == "native":
         options.update(plain=True, repeat=1)
     environment = {**environment_of(python, path), **(environment or {})}
+    environment = {name: value for name, value in environment.items() if value is not None}
     start = time.perf_counter()
     output = execute([python, script, json.dumps(options)], environment)
     return {**json.loads(output.splitlines()[-1]), "seconds": time.perf_counter() - start}

@@ -217,15 +217,17 @@ def read(clock, arguments, batch_size, nb_workers, nb_batches):
 
 
 @torch.no_grad()
-def separate(clock, folder, seconds, threads, **options):
+def separate(clock, folder, seconds, threads, nb_songs=1, **options):
+    """Songs of so many seconds, one after the other; returns some samples of all stems."""
     start = time.perf_counter()
     device = use(clock, threads, **options)
     separator = load_separator(folder, work.TARGETS, niter=1, device=device)
     separator.freeze()
-    x = torch.from_numpy(work.audio(1, seconds, 1)).to(device)
-    separator(x[..., : work.RATE])
+    songs = torch.from_numpy(work.audio(nb_songs, seconds, 1)).to(device)
+    separator(songs[:1, :, : work.RATE])
     clock.add("first", time.perf_counter() - start)
-    return clock("separate", separator, x)[0, :, :, :: work.RATE].tolist()
+    stems = clock("separate", lambda: [separator(song) for song in songs.split(1)])
+    return [song[0, :, :, :: work.RATE].tolist() for song in stems]
 
 
 if __name__ == "__main__":

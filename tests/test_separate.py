@@ -377,6 +377,40 @@ def test_segments_agree_with_the_whole(models, niter, at_seams):
     assert difference.max() > 1e-5  # there were seams
 
 
+@pytest.mark.parametrize("kind", ["ours", "others"])
+def test_two_pieces_at_a_time_as_one_at_a_time(models, kind, monkeypatch):
+    """No more samples than a segment has are there at once; the last piece, of five, has no other beside it."""
+    window, several = 6 * N_HOP / RATE, of_every_kind(models)[kind]
+    options = {"context": "cpu", "wiener_win_len": 6, "overlap": 2 * window}
+    pairs, singles = (Separator(several, segment=length * window, **options) for length in (38, 16))
+    assert (pairs.segment, pairs.piece) == (40 * 6 * N_HOP, 18 * 6 * N_HOP)
+    assert singles.segment == singles.piece == pairs.piece
+    audio, lengths, together, layer = song(4 * (pairs.piece - pairs.overlap) + 3000, 3), [], [], kernels.lstm.lstm_layer
+
+    def read(start, stop):
+        lengths.append(stop - start)
+        return audio[:, start:stop]
+
+    def count(*arguments):
+        together.append(1 if arguments[6] is None else len(arguments[6]))
+        layer(*arguments)
+
+    expected = list(singles.stream(read, *audio.shape))
+    assert lengths[:4] == [pairs.piece] * 4 and len(lengths) == 5
+    monkeypatch.setattr(kernels.lstm, "lstm_layer", count)
+    found, ahead = [], []
+    lengths.clear()
+    for piece in pairs.stream(read, *audio.shape):
+        found.append(piece)
+        ahead.append(sum(lengths) - found[-1][0])
+    assert max(ahead) <= pairs.segment and lengths[:4] == [pairs.piece] * 4 and len(lengths) == 5
+    if kind == "ours":  # two pairs of channels, of each target
+        assert together == SIZES["nb_layers"] * 2 * len(models) * [2] * 2 + SIZES["nb_layers"] * 2 * len(models) * [1]
+    assert [start for start, _ in found] == [start for start, _ in expected]
+    for (_, got), (_, alone) in zip(found, expected):
+        np.testing.assert_array_equal(got, alone)
+
+
 def test_short_recordings_are_not_cut(models):
     separator = segmented(models)
     audio = song(separator.segment)

@@ -20,6 +20,7 @@ import scipy.linalg.cython_blas
 import context
 import functions
 import kernels.blas
+import kernels.lstm
 import kernels.products
 import kernels.threads
 import model
@@ -168,6 +169,63 @@ def test_numbers_of_threads_that_cannot_be(nb_threads):
     with pytest.raises(ValueError, match="at least one is needed, and at most"):
         kernels.threads.set_threads(nb_threads)
     assert kernels.threads.get_threads() == 3
+
+
+NUMBERS = (1, 2, 3, 5, 8, 16)
+
+
+@pytest.fixture(params=[False, True], ids=["whole", "shared"])
+def shared(request, monkeypatch):
+    """Whether recurrent weights exceed what a core keeps of them, so that threads have a part of them each."""
+    if request.param:
+        monkeypatch.setattr(kernels.lstm, "CACHE", 2000)
+    cut, seen = kernels.lstm._cut, set()
+
+    def count(nb_directions, nb_samples, size, multiple):
+        units, groups = cut(nb_directions, nb_samples, size, multiple)
+        seen.add(units < size)
+        return units, groups
+
+    monkeypatch.setattr(kernels.lstm, "_cut", count)
+    yield
+    assert (True in seen) == request.param
+
+
+def test_stems_for_any_number_of_threads(shared):
+    models = [make_model(1, hidden_size=140, max_bin=100), make_model(2, hidden_size=20, target="bass")]
+    separator, audio, stems = (
+        separate.Separator(models, residual=True, wiener_win_len=8, context="cpu"),
+        recording(3, 3),
+        [],
+    )
+    for number in NUMBERS:
+        kernels.threads.set_threads(number)
+        stems.append(np.stack(list(separator(audio, 8000).values())))
+    for other in stems[1:]:
+        np.testing.assert_allclose(other, stems[0], rtol=0, atol=2e-6 * np.abs(stems[0]).max())
+
+
+def test_training_for_any_number_of_threads(shared):
+    """Losses of three steps, and after the first of them the gradients, of which Adam keeps a tenth."""
+    x, y = (np.random.default_rng(k).standard_normal((2, 2, 3000)).astype(np.float32) for k in range(2))
+    results = []
+    for number in NUMBERS:
+        kernels.threads.set_threads(number)
+        made = make_model(3, hidden_size=140, max_bin=60)
+        solver, graph = solvers.Adam(made.variables(), 1e-3), train.Graph(made, x.shape, test=False)
+        losses = []
+        for step in range(3):
+            train.seed_nnabla("dropout", seed=0, epoch=1, step=step)
+            losses.append(float(train.train_step(graph, x, y[:, None], solver).data))
+            if step == 0:
+                gradients = {k: 10 * v for k, v in solver.get_state().items() if k.endswith("/mean") and np.size(v)}
+        results.append((losses, gradients))
+    for losses, gradients in results[1:]:
+        np.testing.assert_allclose(losses, results[0][0], rtol=1e-5)
+        assert gradients.keys() == results[0][1].keys()
+        for name, expected in results[0][1].items():
+            scale = np.abs(expected).max() if name != "input_mean/mean" else np.inf  # it is 0, but for rounding
+            np.testing.assert_allclose(gradients[name], expected, rtol=0, atol=2e-5 * scale, err_msg=name)
 
 
 # ---------------------------------------------------------------------------------------- BLAS
