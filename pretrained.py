@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pooch
-from requests.exceptions import ConnectionError as NoConnection
 
 import files
 from utils import UsageError
@@ -104,6 +103,8 @@ def fetch(
         except OSError as error:
             if error.errno is not None:  # the disk's, not the network's
                 raise
+            from requests.exceptions import ConnectionError as NoConnection  # slow to import
+
             missing = ", ".join(other.name for other in paths.values() if not other.exists())
             reason = "no connection" if isinstance(error, NoConnection) else " ".join(str(error).split())[:200]
             raise UsageError(

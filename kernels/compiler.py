@@ -36,6 +36,9 @@ def OUT(ndim: int) -> types.Array:
 FASTMATH = {"contract", "reassoc", "nsz"}
 
 
+# Nothing calls these from C; a wrapper for that would be compiled with each.
+OPTIONS = {"fastmath": FASTMATH, "error_model": "numpy", "no_cfunc_wrapper": True}
+
 _compiler = threading.Lock()
 
 
@@ -85,7 +88,7 @@ def _sources() -> str:
 
 
 def _compile(function):
-    options = {"nogil": True, "fastmath": FASTMATH, "error_model": "numpy"}
+    options = {"nogil": True, **OPTIONS}
     try:
         dispatcher = numba.njit(cache=True, **options)(function)
         # Numba looks for changes only in the file where the function stands, but what is inlined comes from others:
@@ -100,7 +103,7 @@ def _compile(function):
     return dispatcher
 
 
-inline = numba.njit(fastmath=FASTMATH, error_model="numpy")
+inline = numba.njit(no_cpython_wrapper=True, **OPTIONS)  # for kernels alone, not to be called from Python
 
 
 @inline

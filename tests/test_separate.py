@@ -1303,3 +1303,12 @@ def test_the_script_itself(folder, recordings, tmp_path):
     lines = [line for line in result.stderr.splitlines() if "compiling" not in line]
     assert lines == [f"separate.py: {bad} is truncated"]
     assert set(read(tmp_path / "song_tiny")) == {f"{target}.wav" for target in TARGETS}
+
+
+def test_what_separation_does_not_need_is_not_imported():
+    """Each of these takes a while to import, before the first sound."""
+    slow = {"requests", "matplotlib", "pandas", "musdb", "museval", "mpi4py", "onnx", "scipy.stats", "scipy.signal"}
+    script = f"import sys; import separate; print(sorted({slow} & sys.modules.keys()))"
+    root = Path(separate.__file__).parent
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root)
+    assert result.stdout.endswith("[]\n"), result.stdout + result.stderr
