@@ -7,7 +7,7 @@ import numpy as np
 
 from kernels.compiler import IN, INT, INTS, OUT, SUMS, inline, kernel, tanh
 from kernels.parts import give, progress, shared, take
-from kernels.products import PANEL, panels, products, small_product
+from kernels.products import PANEL, matmul, panels, products, small_product
 from kernels.shapes import check
 from kernels.threads import get_threads, run, split
 from kernels.training import dropout
@@ -199,12 +199,8 @@ def lstm_layer(
     shapes = [x.shape[:2]] if shapes is None else shapes
     if sum(nb_frames * nb_samples for nb_frames, nb_samples in shapes) != nb_rows or np.min(shapes, initial=0) < 0:
         raise ValueError(f"{nb_rows} rows are not those of recordings of shapes {shapes}")
-    # Towards all gates of both directions at once; recording by recording, since the rounding of a product depends on
-    # its size, so that each comes out as if it were alone.
-    inputs, outputs = weight.reshape(-1, nb_inputs + size)[:, :nb_inputs].T, gates.reshape(nb_rows, -1)
-    ends = np.cumsum([nb_frames * nb_samples for nb_frames, nb_samples in shapes])[:-1]
-    parts = zip(np.split(x.reshape(nb_rows, -1), ends), np.split(outputs, ends))
-    run([task for one, out in parts for task in products(one, inputs, out)])
+    inputs = weight.reshape(-1, nb_inputs + size)[:, :nb_inputs].T  # towards all gates of both directions at once
+    matmul(x.reshape(nb_rows, -1), inputs, gates.reshape(nb_rows, -1))
     bias = bias.reshape(nb_directions, -1)
     gates, c, h = (array.reshape(nb_rows, nb_directions, -1) for array in (gates, c, h))
     samples = _samples(shapes)

@@ -1,63 +1,61 @@
-"""Products of matrices: large ones by SciPy's sgemm over our threads, small ones, for loops, by a kernel of our own."""
+"""Products of matrices: large ones over our threads, small ones inside of loops."""
 
-import ctypes
 import itertools
-import math
 
 import numpy as np
-from llvmlite import binding, ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from kernels.blas import one_thread, routine
+from kernels.blocks import ROWS, multiply
 from kernels.compiler import inline
 from kernels.shapes import check
 from kernels.threads import get_threads, run, split
+from kernels.vectors import INT64, LANES, PANEL, SINGLE, VECTOR, ZEROS, aligned, everywhere, fma, load, shift, store
+
+PACKING = 16  # see `_grid`
 
 
-def _operand(matrix):
-    """(transposed, leading dimension) of a float32 matrix whose rows, or columns, are contiguous."""
+def _strides(matrix):
+    """(of rows, of columns) of a float32 matrix, in numbers; one of the two is 1."""
     if matrix.dtype != np.float32:
         raise ValueError(f"a product of {matrix.dtype}: float32 is needed")
-    rows, columns = matrix.shape
-    if matrix.strides[1] == 4 or columns == 1 and matrix.strides[0] != 4:
-        return b"N", matrix.strides[0] // 4 if rows > 1 else columns
-    if matrix.strides[0] == 4 or rows == 1:
-        return b"T", matrix.strides[1] // 4 if columns > 1 else rows
+    (rows, columns), (row, column) = matrix.shape, matrix.strides
+    if column == 4 or columns <= 1:
+        return row // 4, 1
+    if row == 4 or rows <= 1:
+        return 1, column // 4
     raise ValueError(f"neither rows nor columns are contiguous: strides {matrix.strides}")
 
 
-def _product(a, b, out, accumulate):
-    (m, k), n = a.shape, b.shape[1]
-    (trans_a, lda), (trans_b, ldb), (_, ldc) = _operand(a), _operand(b), _operand(out)
-    whole = [ctypes.byref(ctypes.c_int(value)) for value in (n, m, k, ldb, lda, ldc)]
-    n, m, k, ldb, lda, ldc = whole
-    alpha, beta = ctypes.byref(ctypes.c_float(1)), ctypes.byref(ctypes.c_float(accumulate))
-    # BLAS counts by columns: it sees every matrix transposed, and outᵀ = bᵀ aᵀ
-    data = [matrix.ctypes.data for matrix in (a, b, out)]
-    sgemm = routine("cython_blas", "sgemm", 13)
-    with one_thread:
-        sgemm(trans_b, trans_a, n, m, k, alpha, data[1], ldb, data[0], lda, beta, data[2], ldc)
+def _grid(m, n, parts):
+    """How many parts the rows of a result (m, n) are cut into, and its columns: what takes the least time.
+
+    A part rearranges what it needs of both operands: a number takes as long as PACKING products.
+    """
+
+    def duration(grid):
+        rows, columns = (unit * -(-size // (unit * count)) for unit, size, count in zip((ROWS, PANEL), (m, n), grid))
+        return rows * columns + PACKING * (rows + columns)
+
+    return min(((count, parts // count) for count in range(1, parts + 1) if parts % count == 0), key=duration)
 
 
 def products(a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool = False) -> list[tuple]:
     """The tasks, for `run`, of out = a @ b, or out += a @ b.
 
     Transposes and slices of rows or columns cost nothing: of a and b either the rows or the columns must be
-    contiguous, of out the rows.
+    contiguous, of out the rows. A row comes out the same, bit for bit, whatever the others, and the number of threads.
 
     Raises:
-        ValueError: shapes that do not fit, strides that BLAS cannot take, not float32
+        ValueError: shapes that do not fit, strides other than these, not float32
     """
     check(a=(a, "M K"), b=(b, "K L"), out=(out, "M L"))
-    for matrix in (a, b, out):
-        _operand(matrix)  # raises
-    m, n = out.shape
-    parts = get_threads()
-    if m >= n // 4:
-        return [(_product, a[i:j], b, out[i:j], accumulate) for i, j in split(m, parts, 16)]
-    return [(_product, a, b[:, i:j], out[:, i:j], accumulate) for i, j in split(n, parts, 16)]
+    if _strides(out)[1] != 1:
+        raise ValueError(f"the rows of a product are not contiguous: strides {out.strides}")
+    strides = *_strides(a), *_strides(b)
+    rows, columns = _grid(*out.shape, get_threads())
+    parts = itertools.product(split(len(a), rows, ROWS), split(b.shape[1], columns, PANEL))
+    return [(multiply, a[i:j], b[:, p:q], out[i:j, p:q], strides, accumulate) for (i, j), (p, q) in parts]
 
 
 def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool = False) -> None:
@@ -65,46 +63,26 @@ def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool = Fal
     run(products(a, b, out, accumulate))
 
 
-# A product for the LSTM: few rows (the batch), and the same weights in every frame. sgemm rearranges the
-# weights on each call, which takes longer than to multiply; here they are rearranged once, into panels of
-# two vectors' width, each panel (depth, PANEL) contiguous. A tile of up to 8 rows by one panel is kept in
-# registers over the depth: per step two loads of weights and, for each row, one number of `a`. An addition waits
-# for the one before it, so SUMS sums take turns over the depth: with few rows all at once, with more one after the
-# other, so that a row's rounding does not depend on how many there are.
-LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
-PANEL = 2 * LANES
+# A product for the LSTM: few rows (the batch), and the same weights in every frame. To rearrange them on each call
+# would take longer than to multiply; here they are rearranged once, into panels, each (depth, PANEL) contiguous. A tile
+# of up to 8 rows by one panel is kept in registers over the depth: per step two loads of weights and, for each row, one
+# number of `a`. An addition waits for the one before it, so SUMS sums take turns over the depth: with few rows all at
+# once, with more one after the other, so that a row's rounding does not depend on how many there are.
 SUMS = 4  # the depth is filled up to a multiple of it
 DEPTH = 256  # a panel of this depth fits in the first-level cache, to be used by all tiles
 
 
 def _tile(rows):
     """c (rows, PANEL) += a (rows, depth) @ panel (depth, PANEL), from addresses and row lengths."""
-    vector, single, int32, int64 = ir.VectorType(ir.FloatType(), LANES), ir.FloatType(), ir.IntType(32), ir.IntType(64)
     at_once = max(1, SUMS // rows)
-    undefined = ir.Constant(vector, ir.Undefined)
-    to_all_lanes = ir.Constant(ir.VectorType(int32, LANES), [0] * LANES)
 
     def generate(context, builder, signature, arguments):
         a, a_row, panel, c, c_row, depth = arguments
-        fma = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{LANES}f32"
-        )
-
-        def address(start, *offsets):  # start + 4 bytes · offsets
-            for offset in offsets:
-                start = builder.add(start, builder.mul(offset, int64(4)))
-            return start
-
-        def pointer(start, kind):
-            return builder.inttoptr(start, kind.as_pointer())
-
         c_at = [
-            [pointer(address(c, builder.mul(c_row, int64(r)), int64(LANES * v)), vector) for v in range(2)]
-            for r in range(rows)
+            [shift(builder, c, builder.mul(c_row, INT64(r)), INT64(LANES * v)) for v in range(2)] for r in range(rows)
         ]
-        a_at = [pointer(address(a, builder.mul(a_row, int64(r))), single) for r in range(rows)]
-        zero = ir.Constant(vector, [0.0] * LANES)
-        sums = {(0, r, v): builder.load(c_at[r][v], align=4) for r, v in itertools.product(range(rows), range(2))}
+        a_at = [shift(builder, a, builder.mul(a_row, INT64(r))) for r in range(rows)]
+        sums = {(0, r, v): load(builder, c_at[r][v], VECTOR) for r, v in itertools.product(range(rows), range(2))}
         for begin in range(0, SUMS, at_once):
             places = list(itertools.product(range(begin, begin + at_once), range(rows), range(2)))
             entry = builder.block
@@ -112,23 +90,21 @@ def _tile(rows):
             builder.branch(loop)
 
             builder.position_at_end(loop)
-            k = builder.phi(int64)
-            before = {place: builder.phi(vector) for place in places}
+            k = builder.phi(INT64)
+            before = {place: builder.phi(VECTOR) for place in places}
             for place in places:
-                before[place].add_incoming(sums.get(place, zero), entry)
+                before[place].add_incoming(sums.get(place, ZEROS), entry)
             for number in range(begin, begin + at_once):
-                row = builder.add(k, int64(number))
-                weights = address(panel, builder.mul(row, int64(PANEL)))
-                w = [builder.load(pointer(address(weights, int64(LANES * v)), vector), align=4) for v in range(2)]
+                row = builder.add(k, INT64(number))
+                weights = shift(builder, panel, builder.mul(row, INT64(PANEL)))
+                w = [load(builder, shift(builder, weights, INT64(LANES * v)), VECTOR) for v in range(2)]
                 for r in range(rows):
-                    one = builder.load(builder.gep(a_at[r], [row]))
-                    one = builder.insert_element(undefined, one, int32(0))
-                    one = builder.shuffle_vector(one, undefined, to_all_lanes)
+                    one = everywhere(builder, load(builder, shift(builder, a_at[r], row), SINGLE))
                     for v in range(2):
-                        sums[number, r, v] = builder.call(fma, [one, w[v], before[number, r, v]])
-            following = builder.add(k, int64(SUMS))
+                        sums[number, r, v] = fma(builder, one, w[v], before[number, r, v])
+            following = builder.add(k, INT64(SUMS))
             builder.cbranch(builder.icmp_signed("<", following, depth), loop, done)
-            k.add_incoming(int64(0), entry)
+            k.add_incoming(INT64(0), entry)
             k.add_incoming(following, loop)
             for place in places:
                 before[place].add_incoming(sums[place], loop)
@@ -138,7 +114,7 @@ def _tile(rows):
             whole = [sums[number, r, v] for number in range(SUMS)]
             while len(whole) > 1:
                 whole = [builder.fadd(*pair) for pair in zip(whole[::2], whole[1::2])]
-            builder.store(whole[0], c_at[r][v], align=4)
+            store(builder, whole[0], c_at[r][v])
         return context.get_dummy_value()
 
     @intrinsic
@@ -158,9 +134,7 @@ def panels(matrices: list[np.ndarray]) -> np.ndarray:
     """
     depth, columns = len(matrices[0]), max(matrix[0].size for matrix in matrices)
     shape = len(matrices), -(-columns // PANEL), -(-depth // SUMS) * SUMS, PANEL
-    memory = np.empty(math.prod(shape) + LANES, np.float32)
-    start = -memory.ctypes.data // 4 % LANES  # no vector lies in two lines of the cache
-    out = memory[start : start + math.prod(shape)].reshape(shape)
+    out = aligned(*shape)
     run([(_pack, *pair) for pair in zip(matrices, out)])
     return out
 
