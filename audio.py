@@ -285,7 +285,7 @@ def recordings(inputs: Iterable[str | Path]) -> list[tuple[Path, str]]:
 def check_writable(rate: float, nb_channels: int, form: str, subtype: str) -> None:
     """UsageError if a sound file cannot be of that rate and number of channels; form and subtype as in `write`."""
     try:
-        soundfile.SoundFile(io.BytesIO(), "w", rate, nb_channels, subtype, format=form).close()
+        soundfile.SoundFile(io.BytesIO(), "w", int(rate), nb_channels, subtype, format=form).close()
     except soundfile.LibsndfileError as error:
         raise UsageError(f"{form} cannot hold {nb_channels} channels at {rate} Hz: {error.error_string}") from None
 
@@ -310,7 +310,7 @@ def write(
     with open(path, "w+b", buffering=0) as stream:
         number = stream.fileno()
         try:
-            with soundfile.SoundFile(os.dup(number), "w", rate, nb_channels, subtype, format=form) as file:
+            with soundfile.SoundFile(os.dup(number), "w", int(rate), nb_channels, subtype, format=form) as file:
                 for block in blocks:
                     file.write(block.T)
             os.fsync(number)

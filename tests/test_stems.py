@@ -7,6 +7,8 @@ import pytest
 import soundfile
 from test_separate import RATE, make_folder, read, run, song
 
+import trained
+import weights
 from args import TARGETS
 
 FORMATS = {"16": 2.0**-15, "24": 2.0**-23, "float": 2.0**-24}  # a unit in the last place; of floats, relative
@@ -32,6 +34,14 @@ def difference(stems, path, factor=1.0):
     expected = soundfile.read(path, always_2d=True)[0].T
     assert all(stem.shape == expected.shape for stem in stems.values())
     return np.abs(sum(stems.values()) - factor * expected).max(), max(np.abs(stem).max() for stem in stems.values())
+
+
+def test_a_rate_in_the_form_of_a_float(mixture, tmp_path):
+    folder = make_folder(tmp_path / "tiny", ["vocals"])
+    (model,), _ = trained.load_models(folder)
+    weights.save(folder / "vocals.h5", model.arrays(), {**model.description, "sample_rate": float(RATE)})
+    run(folder, tmp_path, mixture)
+    assert difference(read(tmp_path / "song"), mixture)[1] > 0
 
 
 @pytest.mark.parametrize(
