@@ -53,9 +53,9 @@ that `train.py` calls, given a batch as its workers prepare it; torch's is the l
 
 {steps}
 
-`OPENBLAS_CORETYPE` says for which processor OpenBLAS computes, which multiplies our large matrices (torch has its own
-products); if it is not set, OpenBLAS looks for itself. A step at batch {batch} with what is set here, and otherwise, in
-one process of each side:
+Large products are our own (`kernels/blocks.py`), and torch's its own, so `OPENBLAS_CORETYPE`, the processor that
+OpenBLAS computes for, should not matter. A step at batch {batch} as it is set here, and otherwise, in one process of
+each side:
 
 {coretype}
 
