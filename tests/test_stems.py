@@ -62,6 +62,15 @@ def test_stems_add_up(folder, mixture, tmp_path, subtype, ext, options):
     assert not any(stem[:, 1300:1700].any() for stem in completed.values())
 
 
+def test_whole_numbers_are_the_nearest(folder, mixture, tmp_path):
+    """Of all stems but one, the loudest, which has what the others' rounding leaves."""
+    for subtype in ("16", "float"):
+        run(folder, tmp_path / subtype, mixture, "--sum-to-mixture", "--subtype", subtype)
+    stems, exact = (read(tmp_path / subtype) for subtype in ("16", "float"))
+    *errors, loudest = sorted(np.abs(stems[name] - exact[name]).max() / FORMATS["16"] for name in exact)
+    assert max(errors) < 0.501 < loudest < 0.5 * len(exact)
+
+
 @pytest.mark.parametrize("subtype", ["16", "24"])
 def test_stems_that_are_scaled_add_up_to_the_scaled_mixture(folder, tmp_path, capsys, subtype):
     path = tmp_path / "song.wav"
