@@ -53,10 +53,10 @@ def assert_equals_norbert(v, x, iterations, use_softmask, eps=None):
     assert error(y, expected) < (TOLERANCE[iterations] if x.dtype == np.complex64 else 1e-6)  # singular covariances
 
 
-def causal(v, x, forgetting, use_softmask=False, residual=False):
+def causal(v, x, forgetting, use_softmask=False, residual=False, eps=1e-10):
     """Frames of `filtering.Causal`, in norbert's layout."""
     v, x = (np.ascontiguousarray(a) for a in (v.transpose(3, 0, 2, 1), x.transpose(2, 0, 1)))
-    one = filtering.Causal(len(v), len(x), x.shape[2], forgetting, use_softmask, residual)
+    one = filtering.Causal(len(v), len(x), x.shape[2], forgetting, use_softmask, residual, eps)
     frames = [one(v[:, t : t + 1].copy(), x[:, t : t + 1].copy()).copy() for t in range(x.shape[1])]
     return np.concatenate(frames, axis=2).transpose(2, 3, 1, 0)
 
@@ -366,20 +366,24 @@ def test_what_forgets_nothing_is_norbert_of_the_frames_so_far(nb_channels, v_cha
         assert error(y[t], expected) < 1e-5
 
 
-def test_covariances_of_the_past_are_forgotten():
-    """By the formula, with the residual as a source."""
+@pytest.mark.parametrize("loud, eps", [(1, 1e-10), (300, 1e-3)])
+def test_covariances_of_the_past_are_forgotten(loud, eps):
+    """By the formula, with the residual as a source; so is what was loud, on which the regularisation depends."""
     v, x = spectra(dtype=np.complex64, peak=5)
+    v[0], x[0] = loud * v[0], loud * x[0]
     forgetting = 0.7
-    found = causal(v, x, forgetting, residual=True)
+    found = causal(v, x, forgetting, residual=True, eps=eps)
     y = v * np.exp(1j * np.angle(x.astype(complex)))[..., None]
     y = np.concatenate([y, x[..., None] - y.sum(axis=3, keepdims=True)], axis=3)
     p = np.mean(np.abs(y) ** 2, axis=2)
-    S, P = 0, 0
+    S, P, peak = 0, 0, 0
     for t in range(len(x)):
         S = forgetting * S + np.einsum("fcj,fdj->fjcd", y[t], y[t].conj())
         P = forgetting * P + p[t]
-        C = p[t][..., None, None] * S / (1e-10 + P)[..., None, None]
-        z = np.linalg.solve(C.sum(axis=1) + 1e-5 * np.eye(2), x[t][..., None].astype(complex))
+        peak = max(forgetting * peak, np.abs(x[t]).max())
+        square = max(1, peak / 10) ** 2
+        C = p[t][..., None, None] * S / (eps * square + P)[..., None, None]
+        z = np.linalg.solve(C.sum(axis=1) + np.sqrt(eps) * square * np.eye(2), x[t][..., None].astype(complex))
         assert error(found[t], np.einsum("fjcd,fd->fcj", C, z[..., 0])) < 1e-5
 
 

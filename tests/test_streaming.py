@@ -144,6 +144,8 @@ def test_a_causal_filter_forgets_and_is_the_same_for_all_blocks():
         np.testing.assert_array_equal(np.concatenate([*pieces, second.flush()], axis=2), stems[seconds])
     largest = np.abs(stems[0.5]).max()
     assert min(np.abs(stems[0.5] - stems[other]).max() for other in (0.05, 1e9)) > 0.001 * largest
+    nb_frames = 0.5 * separator.sample_rate / separator.n_hop
+    assert Stream(separator, 0.5)._filter.forgetting ** nb_frames == pytest.approx(1 / math.e)
     alone = Separator(one_way(), context="cpu")
     np.testing.assert_array_equal(Stream(alone, 0.5)(audio), Stream(alone)(audio))  # of one source, no filter
     for seconds in (0, -1, math.nan, "1"):
