@@ -8,8 +8,10 @@ import pytest
 import kernels.threads
 import synthesize
 
-# Ctrl-C is ignored by what a shell's & has started, and so by all that it starts: tests send it, and wait
+# Ctrl-C is ignored by what a shell's & has started, a lost terminal by what nohup has, and so by all that these start:
+# tests send them, and wait
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # for mutants.py, which asks only whether a test fails: not with what example, made as small as can be
 hypothesis.settings.register_profile("mutants", phases=[hypothesis.Phase.generate], derandomize=True, database=None)

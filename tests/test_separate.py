@@ -952,6 +952,8 @@ ELSEWHERE = {
     "sum_to_mixture": "tests/test_stems.py",
     "karaoke": "tests/test_stems.py",
     "stream": "tests/test_streaming.py",
+    "play": "tests/test_streaming.py",
+    "causal_wiener": "tests/test_streaming.py",
 }
 
 
