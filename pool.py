@@ -59,6 +59,10 @@ def start(name: str) -> None:
 def _join(_):
     """Let the first rank have all others as places of its songs."""
     global _node
+    if ranks.started()[0] > 0:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # of which the first one tells
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
     world = ranks.world()
     from mpi4py import MPI
     from mpi4py.futures import MPICommExecutor
@@ -69,10 +73,6 @@ def _join(_):
     for other in range(1, size):
         if rank in (0, other):
             pair = world.Create_group(world.group.Incl([0, other]))
-            if rank > 0:
-                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # of which the first one tells
-                    if signal.getsignal(number) != signal.SIG_IGN:
-                        signal.signal(number, signal.SIG_DFL)
             executor = MPICommExecutor(pair, backoff=0.02).__enter__()  # looks for news every 20 ms
             if rank > 0:  # it has served, until Python ended in the first one
                 sys.exit()
